@@ -1,0 +1,27 @@
+"""Every error fwdcompile raises on purpose; catch `FwdcompileError` to catch them all."""
+
+from __future__ import annotations
+
+
+class FwdcompileError(Exception):
+    """Base of all errors that fwdcompile raises on purpose."""
+
+
+class CaptureError(FwdcompileError):
+    """The model cannot be captured as a graph (data-dependent control flow, autograd.Function)."""
+
+
+class RuleError(FwdcompileError):
+    """A row of the rule table is malformed, raised, or returned a tangent that cannot be right."""
+
+
+class MissingRuleError(FwdcompileError):
+    """A tangent reaches an op that the rule table has no row for, or that it refuses."""
+
+
+class TangentError(FwdcompileError, ValueError):
+    """A tangent has a wrong name, shape, dtype or device, or none is active."""
+
+
+class NonFiniteError(FwdcompileError, ArithmeticError):
+    """The loss or its directional derivative is infinite or not a number."""

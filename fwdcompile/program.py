@@ -1,0 +1,125 @@
+"""A captured or generated program: one flat functional graph and what its ends mean."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+Kind = Literal["parameter", "buffer", "constant", "input", "tangent", "output"]
+
+
+@dataclass(frozen=True)
+class Slot:
+    """What one placeholder or one output of a program stands for.
+
+    `name` is the parameter's or buffer's qualified name, or the path of an argument or output
+    (`x`, `batch.image`, `out.0`). A tangent slot has its primal's name and the number of its
+    direction; an output of kind `buffer` or `input` is the new value of something forward changed.
+    """
+
+    kind: Kind
+    name: str
+    direction: int = 0
+
+
+@dataclass(frozen=True)
+class OutSpec:
+    """The pytree a model returns: each leaf is the name of an output slot or a fixed value."""
+
+    tree: Any
+    leaves: tuple[tuple[bool, Any], ...]
+
+    def build(self, values: dict[str, Any]) -> Any:
+        """Puts named values and fixed leaves into the model's own structure."""
+        flat = [values[leaf] if named else leaf for named, leaf in self.leaves]
+        return pytree.tree_unflatten(flat, self.tree)
+
+
+@dataclass(frozen=True)
+class Program:
+    """A functional ATen graph with its calling convention.
+
+    Attributes:
+        graph: placeholders, `call_function` nodes of ATen overloads, one flat output tuple.
+        inputs: the meaning of each placeholder, in order.
+        outputs: the meaning of each output, in order.
+        out_spec: the pytree that the model returns.
+        title: how the model is called in the printed program.
+        constants: values of the `constant` inputs, by name.
+        aliases: second names of tied parameters, each with the name its value goes by.
+    """
+
+    graph: fx.Graph
+    inputs: tuple[Slot, ...]
+    outputs: tuple[Slot, ...]
+    out_spec: OutSpec
+    title: str
+    constants: dict[str, Tensor] = field(default_factory=dict)
+    aliases: dict[str, str] = field(default_factory=dict)
+
+    def placeholders(self) -> Iterator[tuple[fx.Node, Slot]]:
+        """Pairs each placeholder with its slot."""
+        nodes = (node for node in self.graph.nodes if node.op == "placeholder")
+        return zip(nodes, self.inputs, strict=True)
+
+    def results(self) -> Iterator[tuple[fx.Node, Slot]]:
+        """Pairs each node of the output tuple with its slot."""
+        return zip(output_nodes(self.graph), self.outputs, strict=True)
+
+    def with_graph(self, graph: fx.Graph) -> Program:
+        """The same program around another graph of the same signature."""
+        return replace(self, graph=graph)
+
+
+def output_nodes(graph: fx.Graph) -> tuple[fx.Node, ...]:
+    """The nodes in the output tuple of a flat graph."""
+    nodes: tuple[fx.Node, ...] = graph.output_node().args[0]  # type: ignore[assignment]
+    return nodes
+
+
+def value(node: fx.Node) -> Any:
+    """The fake value recorded for a node: a FakeTensor, a sequence of them, or a number."""
+    return node.meta["val"]
+
+
+def is_differentiable(x: object) -> bool:
+    """Whether `x` is a tensor of a floating or complex dtype: only those have tangents."""
+    return isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex())
+
+
+def identifier(name: str) -> str:
+    """A Python identifier close to `name`: `fc1.weight` becomes `fc1_weight`."""
+    word = re.sub(r"\W+", "_", name).strip("_")
+    return word if word and not word[0].isdigit() else f"arg_{word}".rstrip("_")
+
+
+def op_name(node: fx.Node) -> str:
+    """The bare name of the op a node calls: `linear` for `aten.linear.default`."""
+    schema = getattr(node.target, "_schema", None)
+    return schema.name.split("::")[1].strip("_") if schema else node.target.__name__  # type: ignore[union-attr]
+
+
+def location(node: fx.Node) -> str:
+    """The user's source line of a node, `models/net.py:12: y = ...`; empty where unknown."""
+    if "source" not in node.meta:
+        return ""
+    file, line, code = node.meta["source"]
+    return f"{file}:{line}: {code}" if code else f"{file}:{line}"
+
+
+def rename(graph: fx.Graph, wanted: Mapping[fx.Node, str]) -> None:
+    """Gives every node a name: those in `wanted` first and in that order, then all others.
+
+    A name that is taken, or is a Python keyword or builtin, gets a number behind it.
+    """
+    graph._graph_namespace = fx.graph._Namespace()
+    others = {node: node.name for node in graph.nodes if node not in wanted}
+    for node, name in {**wanted, **others}.items():
+        node.name = graph._graph_namespace.create_name(name, node)
+        if node.op == "placeholder":
+            node.target = node.name

@@ -1,0 +1,121 @@
+"""Simplify: small named passes, each of which makes an equal program cheaper.
+
+A pass changes a graph in place. None of them removes, merges or reorders a random op of the
+primal, so that outputs stay bit-identical and the random stream is the model's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from operator import getitem
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._ops import OpOverload
+
+Pass = Callable[[fx.Graph], None]
+
+
+def cse(graph: fx.Graph) -> None:
+    """Computes equal expressions once.
+
+    Before: `a = tanh(x); b = tanh(x); c = a + b`. After: `a = tanh(x); c = a + a`.
+
+    Requires a functional graph. Ensures that random ops and uninitialised memory stay apart.
+    """
+    seen: dict[Any, fx.Node] = {}
+    for node in list(graph.nodes):
+        if node.op != "call_function" or not _is_pure(node):
+            continue
+        key = (node.target, _key(node.args), _key(node.kwargs))
+        twin = seen.setdefault(key, node)
+        if twin is not node:
+            node.replace_all_uses_with(twin)
+            graph.erase_node(node)
+
+
+def dce(graph: fx.Graph) -> None:
+    """Removes nodes that no output needs.
+
+    Before: `a = tanh(x); b = exp(x); return a`. After: `a = tanh(x); return a`.
+
+    Requires nothing. Ensures that random ops stay, so that the random stream does not move.
+    """
+    for node in reversed(list(graph.nodes)):
+        if node.op == "call_function" and not node.users and not _is_random(node):
+            graph.erase_node(node)
+
+
+def identities(graph: fx.Graph) -> None:
+    """Drops tangent ops that change nothing: casts to the same dtype, expands to the same shape.
+
+    Before: `d = expand(c, [2, 3])` of a c that is [2, 3]. After: `c`.
+
+    Requires values of shape and dtype on each node. Ensures that primal ops are left alone.
+    """
+    for node in list(graph.nodes):
+        if node.meta.get("role") in ("glue", "tangent") and node.target in _IDENTITIES:
+            source = node.args[0]
+            if isinstance(source, fx.Node) and _same_tensor(node, source):
+                node.replace_all_uses_with(source)
+                graph.erase_node(node)
+
+
+PASSES: dict[str, Pass] = {"identities": identities, "cse": cse, "dce": dce}
+
+_aten = torch.ops.aten
+_IDENTITIES = {
+    _aten.expand.default,
+    _aten.view.default,
+    _aten._to_copy.default,
+    _aten.clone.default,
+    _aten.alias.default,
+    _aten.lift_fresh_copy.default,
+}
+
+
+def simplify(graph: fx.Graph, passes: tuple[str, ...] = tuple(PASSES)) -> None:
+    """Runs the named passes in order.
+
+    Raises:
+        ValueError: no pass has that name.
+    """
+    if unknown := [name for name in passes if name not in PASSES]:
+        raise ValueError(f"no pass is called {unknown[0]!r}; there are {', '.join(PASSES)}")
+    for name in passes:
+        PASSES[name](graph)
+
+
+def _is_random(node: fx.Node) -> bool:
+    tags = getattr(node.target, "tags", ())
+    return torch.Tag.nondeterministic_seeded in tags
+
+
+def _is_pure(node: fx.Node) -> bool:
+    if node.target is getitem:
+        return True
+    uninitialised = "empty" in str(node.target)
+    return isinstance(node.target, OpOverload) and not _is_random(node) and not uninitialised
+
+
+def _same_tensor(a: fx.Node, b: fx.Node) -> bool:
+    x, y = a.meta["val"], b.meta["val"]
+    return (
+        isinstance(x, Tensor)
+        and isinstance(y, Tensor)
+        and (x.shape, x.dtype, x.device, x.stride()) == (y.shape, y.dtype, y.device, y.stride())
+    )
+
+
+def _key(arg: Any) -> Any:
+    """A hashable key that tells 1, 1.0 and True apart."""
+    if isinstance(arg, fx.Node):
+        return arg
+    if isinstance(arg, list | tuple):
+        return tuple(_key(item) for item in arg)
+    if isinstance(arg, dict):
+        return tuple((name, _key(item)) for name, item in sorted(arg.items()))
+    return type(arg), repr(arg)
+
+

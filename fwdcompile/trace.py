@@ -1,0 +1,131 @@
+"""Tracing: what a rule does to fake tensors becomes nodes of the graph being built."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterator, Mapping
+from contextlib import contextmanager
+from operator import getitem
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._ops import OpOverload
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_map_only
+
+from .errors import RuleError
+from .program import value
+
+
+class Recorder(TorchDispatchMode):
+    """Appends to `graph` every op that runs on fakes of its nodes.
+
+    Ops in `keep` are recorded whole; other composite ops are recorded as what they consist of.
+    """
+
+    def __init__(self, graph: fx.Graph, fakes: FakeTensorMode, keep: Container[Any]) -> None:
+        super().__init__()
+        self.graph = graph
+        self.fakes = fakes
+        self.keep = keep
+        self._nodes: dict[int, fx.Node] = {}
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Records all that runs inside, below autograd so that composite ops stay visible."""
+        with torch._C._AutoDispatchBelowAutograd(), self.fakes, self:
+            yield
+
+    def __torch_dispatch__(
+        self,
+        func: OpOverload,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func.namespace == "prim":
+            return func(*args, **kwargs)
+        if func not in self.keep and func._can_decompose():
+            with self:
+                return func.decompose(*args, **kwargs)
+        return self._record(func, args, kwargs)
+
+    def _record(self, op: OpOverload, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Runs one op on fakes and appends its node; several outputs get `getitem` nodes."""
+        if op._schema.is_mutable:
+            raise RuleError(f"a rule may not change tensors in place, but it calls {op}")
+        out = op(*args, **kwargs)
+        node_args, node_kwargs = tree_map_only(Tensor, self.node, (args, dict(kwargs)))
+        node = self.graph.call_function(op, node_args, node_kwargs)
+        if isinstance(out, Tensor):
+            return self._register(node, out)
+        items = [
+            self._register(self.graph.call_function(getitem, (node, i)), item)
+            for i, item in enumerate(out)
+        ]
+        node.meta["val"] = type(out)(items)
+        return node.meta["val"]
+
+    def node(self, fake: Tensor) -> fx.Node:
+        """The node that a fake tensor stands for."""
+        if id(fake) not in self._nodes:
+            raise RuleError("a rule made a tensor from Python data; use numbers or new_full")
+        return self._nodes[id(fake)]
+
+    def fake(self, node: fx.Node) -> Any:
+        """The fake tensor, or structure of them, that stands for a node inside a rule."""
+        out = value(node)
+        if isinstance(out, Tensor) and self._nodes.get(id(out)) is not node:
+            return self._register(node, out)
+        return out
+
+    def _register(self, node: fx.Node, fake: Any) -> Any:
+        if isinstance(fake, Tensor):
+            if id(fake) in self._nodes:
+                with _disable_current_modes(), self.fakes:
+                    fake = torch.empty_like(fake)
+            self._nodes[id(fake)] = node
+        node.meta["val"] = fake
+        return fake
+
+
+def fake_mode(graph: fx.Graph) -> FakeTensorMode:
+    """The mode that the fake values of a graph belong to, or a new one for an empty graph."""
+    for node in graph.nodes:
+        mode = getattr(node.meta.get("val"), "fake_mode", None)
+        if isinstance(mode, FakeTensorMode):
+            return mode
+    return FakeTensorMode()
+
+
+def unflatten_call(
+    op: OpOverload, arguments: Mapping[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments by name as the shortest positional and keyword arguments of `op`."""
+    args: list[Any] = []
+    kwargs: dict[str, Any] = {}
+    short = True
+    for argument in reversed(op._schema.arguments):
+        given = arguments[argument.name]
+        is_default = argument.has_default_value() and _same(given, argument.default_value)
+        if argument.kwarg_only:
+            if not is_default:
+                kwargs[argument.name] = given
+        elif not (short and is_default):
+            short = False
+            args.append(given)
+    return tuple(reversed(args)), dict(reversed(kwargs.items()))
+
+
+def bind_call(op: OpOverload, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by name, defaults filled in."""
+    schema = op._schema.arguments
+    bound = {a.name: a.default_value for a in schema}
+    bound.update(zip((a.name for a in schema), args, strict=False))
+    return bound | dict(kwargs)
+
+
+def _same(a: Any, b: Any) -> bool:
+    return type(a) is type(b) and not isinstance(a, Tensor | fx.Node) and bool(a == b)

@@ -1,0 +1,333 @@
+"""Transform: a program becomes one that also computes directional derivatives.
+
+One walk over the graph. Every node is copied; a node that a tangent reaches gets its own tangent
+right after it, made by the op's row of the rule table. Source and result are the same kind of
+program, so the transform applies to its own output (second derivatives).
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from operator import getitem
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._ops import OpOverload
+from torch.utils import _pytree as pytree
+
+from . import rule
+from .errors import MissingRuleError, RuleError, TangentError
+from .program import OutSpec, Program, Slot, is_differentiable, location, op_name, rename, value
+from .rule import Rule
+from .trace import Recorder, bind_call, fake_mode, unflatten_call
+
+aten = torch.ops.aten
+
+# The tangent of a node: a node, one entry for each output of an op of several, or none.
+Dot = fx.Node | tuple[fx.Node | None, ...] | None
+
+
+def transform(program: Program, active: Collection[str], directions: int = 1) -> Program:
+    """Rewrites a program so that it returns the jvp beside every output.
+
+    Args:
+        program: a captured program, or the result of an earlier transform (see `as_primal`).
+        active: names of the inputs and parameters that have a tangent; the others have none, and
+            nothing is computed for them.
+        directions: how many tangents each active input has. They share one primal.
+
+    Returns:
+        A program with further inputs, `directions` tangents of each active input, and a further
+        output of kind `tangent` for each differentiable output and direction.
+
+    Raises:
+        MissingRuleError: a tangent reaches an op without a row, or one that refuses.
+        RuleError: a row raised, or returned a tangent that does not fit its primal.
+        TangentError: a name in `active` is no differentiable input of the program.
+
+    The jvp is that of forward-mode AD, section 2.1 of Baydin et al. (2022).
+    """
+    return _Transform(program, directions).run(active)
+
+
+@dataclass(frozen=True)
+class _Site:
+    """One op of the primal program at which a rule is applied, with fakes for its values."""
+
+    node: fx.Node
+    row: Rule
+    arguments: dict[str, Any]
+    out: Any
+
+
+class _Transform:
+    def __init__(self, program: Program, directions: int) -> None:
+        self.program = program
+        self.directions = range(directions)
+        self.graph = fx.Graph()
+        self.recorder = Recorder(self.graph, fake_mode(program.graph), keep=rule.table)
+        self.primals: dict[fx.Node, fx.Node] = {}
+        self.dots: dict[fx.Node, list[Dot]] = {}
+
+    def run(self, active: Collection[str]) -> Program:
+        tangents = self._inputs(active)
+        for node in self.program.graph.nodes:
+            if node.op == "call_function":
+                first = self._copy(node)
+                self._differentiate(node)
+                self._mark(node, first)
+        outputs = self._outputs()
+        self._rename()
+        return replace(
+            self.program,
+            graph=self.graph,
+            inputs=self.program.inputs + tuple(tangents),
+            outputs=self.program.outputs + tuple(outputs),
+        )
+
+    def _inputs(self, active: Collection[str]) -> list[Slot]:
+        known = {slot.name: node for node, slot in self.program.placeholders()}
+        for name in active:
+            if name not in known or not is_differentiable(value(known[name])):
+                raise TangentError(f"{name!r} is no floating-point input of {self.program.title}")
+        placeholders = list(self.program.placeholders())
+        for node, _ in placeholders:
+            self._copy(node)
+        chosen = [(node, slot) for node, slot in placeholders if slot.name in active]
+        slots = [Slot("tangent", slot.name, k) for _, slot in chosen for k in self.directions]
+        for node, _ in chosen:
+            self.dots[node] = [self._placeholder(node, k) for k in self.directions]
+        return slots
+
+    def _placeholder(self, primal: fx.Node, direction: int) -> fx.Node:
+        node = self.graph.placeholder(f"{primal.name}_dot")
+        with self.recorder.fakes:
+            node.meta["val"] = torch.empty_like(value(primal))
+        node.meta |= {"role": "tangent", "of": primal.name, "direction": direction}
+        return node
+
+    def _copy(self, node: fx.Node) -> fx.Node:
+        copy = self.graph.node_copy(node, lambda n: self.primals[n])
+        copy.meta = dict(node.meta) | {"role": "primal"}
+        self.primals[node] = copy
+        return copy
+
+    def _mark(self, node: fx.Node, first: fx.Node) -> None:
+        """Labels what a rule has added after the copy `first` of `node`."""
+        last = {dot: k for k, dot in enumerate(self.dots.get(node, ())) if isinstance(dot, fx.Node)}
+        added = first.next
+        while added.op != "root":
+            role = "tangent" if added in last else "glue"
+            added.meta |= {"role": role, "of": node.name, "direction": last.get(added, 0)}
+            added.meta |= {key: node.meta[key] for key in ("source", "module") if key in node.meta}
+            added = added.next
+
+    def _differentiate(self, node: fx.Node) -> None:
+        if node.target is getitem:
+            self._item(node)
+            return
+        if not any(self._is_active(arg) for arg in node.all_input_nodes):
+            return
+        if not any(is_differentiable(x) for x in pytree.tree_leaves(value(node))):
+            return
+        site = self._site(node)
+        with self.recorder.active():
+            dots = [self._dot(site, k) for k in self.directions]
+        if any(dot is not None for dot in dots):
+            self.dots[node] = dots
+
+    def _item(self, node: fx.Node) -> None:
+        source, index = node.args
+        dots = self.dots.get(source)  # type: ignore[arg-type]
+        if dots is not None and any(dot[index] is not None for dot in dots):  # type: ignore[index]
+            self.dots[node] = [dot[index] for dot in dots]  # type: ignore[index]
+
+    def _is_active(self, node: fx.Node) -> bool:
+        return node in self.dots
+
+    def _site(self, node: fx.Node) -> _Site:
+        row = rule.table.get(node.target)  # type: ignore[arg-type]
+        if row is None or row.word == "not_implemented":
+            raise MissingRuleError(_missing(node, row))
+        copy = self.primals[node]
+        bound = bind_call(row.op, copy.args, copy.kwargs)
+        arguments = fx.map_arg(bound, self.recorder.fake)
+        return _Site(node, row, arguments, self.recorder.fake(copy))  # type: ignore[arg-type]
+
+    def _dot(self, site: _Site, direction: int) -> Dot:
+        bound = bind_call(site.row.op, site.node.args, site.node.kwargs)
+        present = {
+            name: d
+            for name, arg in bound.items()
+            if (d := self._tangents_of(arg, direction)) is not None
+        }
+        if extra := [name for name in present if name not in site.row.wrt]:
+            raise MissingRuleError(
+                f"{_describe(site.node)}\n  The row at {site.row.where} has no term for argument "
+                f"{extra[0]!r}, which has a tangent here. Add one to the row."
+            )
+        try:
+            result = _apply(site, present)
+            return self._fit(site, result)
+        except RuleError as error:
+            raise RuleError(f"{_describe(site.node)}\n  Row at {site.row.where}: {error}") from None
+        except Exception as error:
+            frame = traceback.extract_tb(error.__traceback__)[-1]
+            raise RuleError(
+                f"{_describe(site.node)}\n  Row at {site.row.where} raised {type(error).__name__} "
+                f"({frame.filename}:{frame.lineno}): {error}"
+            ) from error
+
+    def _tangents_of(self, arg: Any, direction: int) -> Any:
+        """The fakes of an argument's tangents; for a list, a list with None for the absent."""
+        if isinstance(arg, fx.Node):
+            dot = self.dots[arg][direction] if arg in self.dots else None
+            return None if dot is None else self.recorder.fake(dot)  # type: ignore[arg-type]
+        if isinstance(arg, list | tuple) and any(isinstance(item, fx.Node) for item in arg):
+            dots = [self._tangents_of(item, direction) for item in arg]
+            return dots if any(dot is not None for dot in dots) else None
+        return None
+
+    def _fit(self, site: _Site, result: Any) -> Dot:
+        """Makes a tangent have its primal's shape and dtype, or refuses it."""
+        if isinstance(site.out, Tensor):
+            return self._fit_one(result, site.out)
+        if result is None:
+            return None
+        return tuple(self._fit_one(d, x) for d, x in zip(result, site.out, strict=True))
+
+    def _fit_one(self, d: Any, primal: Any) -> fx.Node | None:
+        if d is None or not is_differentiable(primal):
+            return None
+        if not isinstance(d, Tensor):
+            raise RuleError(f"returned {type(d).__name__}, not a tensor")
+        if d.is_complex() and not primal.is_complex():
+            raise RuleError("returned a complex tangent for a real output")
+        if d.dtype != primal.dtype or d.device != primal.device:
+            d = d.to(device=primal.device, dtype=primal.dtype)
+        if d.shape != primal.shape:
+            d = d.expand(primal.shape)
+        return self.recorder.node(d)
+
+    def _outputs(self) -> list[Slot]:
+        nodes = [self.primals[node] for node, _ in self.program.results()]
+        slots = []
+        for node, slot in list(self.program.results()):
+            if slot.kind == "output" and is_differentiable(value(node)):
+                dots = self.dots.get(node) or [self._zeros(node) for _ in self.directions]
+                nodes += dots  # type: ignore[arg-type]
+                slots += [Slot("tangent", slot.name, k) for k in self.directions]
+        self.graph.output(tuple(nodes))
+        return slots
+
+    def _rename(self) -> None:
+        """Primals keep their names, tangents get `<primal>_dot`, all else what is left."""
+        names = {copy: node.name for node, copy in self.primals.items()}
+        for node in self.graph.nodes:
+            if node.meta.get("role") == "tangent":
+                number = node.meta["direction"] if len(self.directions) > 1 else ""
+                names[node] = f"{node.meta['of']}_dot{number}"
+        glue = (node for node in self.graph.nodes if node.meta.get("role") == "glue")
+        names |= {node: op_name(node) for node in glue if node not in names}
+        rename(self.graph, names)
+
+    def _zeros(self, node: fx.Node) -> fx.Node:
+        with self.recorder.active():
+            zeros = self.recorder.node(torch.zeros_like(self.recorder.fake(self.primals[node])))
+        zeros.meta |= {"role": "tangent", "of": node.name, "direction": 0}
+        return zeros
+
+
+def _apply(site: _Site, dots: dict[str, Any]) -> Any:
+    """Runs a row on fakes; `dots` holds the present tangents by argument name."""
+    row = site.row
+    named = site.arguments | {"out": site.out}
+
+    def call(**changed: Any) -> Any:
+        args, kwargs = unflatten_call(row.op, site.arguments | changed)
+        return row.op(*args, **kwargs)
+
+    def pick(term: rule.Term, skip: int) -> dict[str, Any]:
+        return {name: named[name] for name in rule.parameters(term)[skip:]}
+
+    match row.word:
+        case "zero":
+            return None
+        case "linear":
+            return call(**{name: _filled(dots.get(name), named[name]) for name in row.wrt})
+        case "joint":
+            return row.terms[""](dots, **pick(row.terms[""], 1))
+        case "multilinear":
+            terms = [call(**{name: _filled(d, named[name])}) for name, d in dots.items()]
+        case "pointwise":
+            terms = [d * row.terms[name](**pick(row.terms[name], 0)) for name, d in dots.items()]
+        case _:
+            terms = [row.terms[name](d, **pick(row.terms[name], 1)) for name, d in dots.items()]
+    return _sum(terms)
+
+
+def _filled(d: Any, primal: Any) -> Any:
+    """A tangent with zeros for what is absent, because a jointly linear op needs every operand."""
+    if isinstance(primal, list | tuple):
+        dots = d or [None] * len(primal)
+        return [_filled(one, x) for one, x in zip(dots, primal, strict=True)]
+    return torch.zeros_like(primal) if d is None and isinstance(primal, Tensor) else d
+
+
+def _sum(terms: Sequence[Any]) -> Any:
+    present = [term for term in terms if term is not None]
+    if not present:
+        return None
+    total = present[0]
+    for term in present[1:]:
+        total = tuple(_sum(pair) for pair in zip(total, term, strict=True)) if isinstance(
+            term, tuple
+        ) else total + term
+    return total
+
+
+def as_primal(program: Program) -> Program:
+    """A transformed program seen as a plain one, that is `(inputs, tangents) -> (out, out_dot)`.
+
+    Tangent inputs become inputs called `x_dot`, tangent outputs become outputs called `out_dot`.
+    """
+    inputs = tuple(replace(s, kind="input", name=_dot_name(s), direction=0) if s.kind == "tangent"
+                   else s for s in program.inputs)
+    outputs = tuple(replace(s, kind="output", name=_dot_name(s), direction=0) if s.kind == "tangent"
+                    else s for s in program.outputs)
+    return replace(program, inputs=inputs, outputs=outputs, out_spec=_paired(program))
+
+
+def _dot_name(slot: Slot) -> str:
+    return f"{slot.name}_dot{slot.direction or ''}"
+
+
+def _paired(program: Program) -> OutSpec:
+    """The structure `(out, out_dot)`; an output without a tangent has None beside it."""
+    tree, leaves = program.out_spec.tree, program.out_spec.leaves
+    tangents = {slot.name for slot in program.outputs if slot.kind == "tangent"}
+    dots = tuple((True, f"{n}_dot") if is_name and n in tangents else (False, None)
+                 for is_name, n in leaves)
+    pair = pytree.tree_unflatten([pytree.tree_unflatten(range(len(leaves)), tree)] * 2,
+                                 pytree.tree_structure((0, 0)))
+    return OutSpec(pytree.tree_structure(pair), leaves + dots)
+
+
+def _describe(node: fx.Node) -> str:
+    return f"{location(node) or 'unknown line'}\n  op {node.target}, node {node.name!r}"
+
+
+def _missing(node: fx.Node, row: Rule | None) -> str:
+    if row is not None:
+        return f"{_describe(node)} has no forward derivative here: {row.reason}"
+    name = str(node.target)
+    how = f"fwdcompile.rule.jvp(torch.ops.{name}, <argument>=lambda d, ...: ...)"
+    if not isinstance(node.target, OpOverload):
+        return f"{_describe(node)} is a higher-order op, which fwdcompile cannot differentiate."
+    return (
+        f"{_describe(node)} has a tangent but no row in the rule table.\n"
+        f"  Give it one: {how}; or, where its derivative is zero, fwdcompile.rule.zero."
+    )
