@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import is_dataclass
+from operator import getitem
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -29,7 +30,7 @@ from torch.utils import _pytree as pytree
 
 from . import rule
 from .errors import CaptureError
-from .program import OutSpec, Program, Slot, identifier, rename
+from .program import OutSpec, Program, Slot, identifier, op_name, rename
 
 Model = Callable[..., Any]
 
@@ -73,8 +74,8 @@ def capture(model: Model, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Pro
     root = Root(model)
     register_dataclasses((args, kwargs))
     exported = _export(root, tuple(args), dict(kwargs))
-    names = [name for name, _ in input_leaves(model, args, kwargs)]
-    return _program(exported, root, names)
+    paths = [path for path, _ in input_leaves(model, args, kwargs)]
+    return _program(exported, root, paths)
 
 
 class Root(nn.Module):
@@ -232,16 +233,17 @@ def _explain(error: Exception) -> str:
     return f"{where}The model cannot be captured: {type(error).__name__}: {text}"
 
 
-def _program(exported: ExportedProgram, root: Root, names: list[str]) -> Program:
+def _program(exported: ExportedProgram, root: Root, paths: list[str]) -> Program:
     graph = fx.Graph()
     results = graph.graph_copy(exported.graph, {})
     for node in graph.nodes:
         _mark_source(node)
     aliases = _aliases(root.model)
-    inputs = _inputs(graph, exported, iter(names), aliases)
+    inputs = _inputs(graph, exported, iter(paths), aliases)
     nodes, slots, leaves = _outputs(results, exported, inputs, aliases)
     graph.output(tuple(nodes))
-    rename(graph, {node: identifier(slot.name) for slot, node in inputs.items()})
+    names = {node: identifier(slot.name) for slot, node in inputs.items()}
+    rename(graph, names | {node: _tidy(node) for node in graph.nodes if node.op == "call_function"})
     return Program(
         graph,
         tuple(inputs),
@@ -251,6 +253,15 @@ def _program(exported: ExportedProgram, root: Root, names: list[str]) -> Program
         {s.name: exported.constants[s.name] for s in inputs if s.kind == "constant"},
         aliases,
     )
+
+
+def _tidy(node: fx.Node) -> str:
+    """A short name: items of a result are `<op>_0`, and internal op names lose their affixes."""
+    if node.target is getitem:
+        source, index = node.args
+        return f"{_tidy(source)}_{index}"  # type: ignore[arg-type]
+    name = op_name(node).removesuffix("_functional").removesuffix("_no_training")
+    return name.removesuffix("_legit").removeprefix("native_")
 
 
 def _mark_source(node: fx.Node) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
@@ -71,8 +72,10 @@ class Program:
         """Pairs each node of the output tuple with its slot."""
         return zip(output_nodes(self.graph), self.outputs, strict=True)
 
-    def with_graph(self, graph: fx.Graph) -> Program:
-        """The same program around another graph of the same signature."""
+    def copy(self) -> Program:
+        """The same program with a graph of its own, names and metadata included."""
+        graph = fx.Graph()
+        graph.output(graph.graph_copy(self.graph, {}))
         return replace(self, graph=graph)
 
 
@@ -90,6 +93,11 @@ def value(node: fx.Node) -> Any:
 def is_differentiable(x: object) -> bool:
     """Whether `x` is a tensor of a floating or complex dtype: only those have tangents."""
     return isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex())
+
+
+def is_random(node: fx.Node) -> bool:
+    """Whether the op of a node draws from the random number generator."""
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
 
 
 def identifier(name: str) -> str:

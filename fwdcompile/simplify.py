@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, fx
 from torch._ops import OpOverload
 
+from .program import is_differentiable, is_random
+
 Pass = Callable[[fx.Graph], None]
 
 
@@ -33,6 +35,8 @@ def cse(graph: fx.Graph) -> None:
         if twin is not node:
             node.replace_all_uses_with(twin)
             graph.erase_node(node)
+            if node.meta.get("role") == "primal":
+                twin.name, twin.meta = node.name, node.meta
 
 
 def dce(graph: fx.Graph) -> None:
@@ -43,7 +47,7 @@ def dce(graph: fx.Graph) -> None:
     Requires nothing. Ensures that random ops stay, so that the random stream does not move.
     """
     for node in reversed(list(graph.nodes)):
-        if node.op == "call_function" and not node.users and not _is_random(node):
+        if node.op == "call_function" and not node.users and not is_random(node):
             graph.erase_node(node)
 
 
@@ -60,6 +64,41 @@ def identities(graph: fx.Graph) -> None:
             if isinstance(source, fx.Node) and _same_tensor(node, source):
                 node.replace_all_uses_with(source)
                 graph.erase_node(node)
+
+
+def detach_tangents(graph: fx.Graph) -> None:
+    """Keeps autograd out of the tangent: it reads detached primals.
+
+    Before: `y = tanh(x); y_dot = x_dot * (1 - y * y)`. After: `y = tanh(x);
+    y_const = detach(y); y_dot = detach(x_dot) * (1 - y_const * y_const)`.
+
+    Requires roles on each node. Ensures that autograd still differentiates the primal outputs.
+    Not among `PASSES`: `transform(model, tracks_grad=False)` asks for it.
+    """
+    detached: dict[fx.Node, fx.Node] = {}
+    for node in list(graph.nodes):
+        if node.meta.get("role") not in ("glue", "tangent"):
+            continue
+        if node.op == "placeholder":
+            detached[node] = _detach(graph, node)
+            continue
+        for source in node.all_input_nodes:
+            if source.meta.get("role") == "primal" and is_differentiable(source.meta["val"]):
+                if source not in detached:
+                    detached[source] = _detach(graph, source)
+            if source in detached:
+                node.replace_input_with(source, detached[source])
+
+
+def _detach(graph: fx.Graph, source: fx.Node) -> fx.Node:
+    after = source
+    while after.next.op == "placeholder":
+        after = after.next
+    with graph.inserting_after(after):
+        copy = graph.call_function(_aten.detach.default, (source,))
+    copy.meta = dict(source.meta) | {"role": "constant"}
+    copy.name = graph._graph_namespace.create_name(f"{source.name}_const", None)
+    return copy
 
 
 PASSES: dict[str, Pass] = {"identities": identities, "cse": cse, "dce": dce}
@@ -87,16 +126,11 @@ def simplify(graph: fx.Graph, passes: tuple[str, ...] = tuple(PASSES)) -> None:
         PASSES[name](graph)
 
 
-def _is_random(node: fx.Node) -> bool:
-    tags = getattr(node.target, "tags", ())
-    return torch.Tag.nondeterministic_seeded in tags
-
-
 def _is_pure(node: fx.Node) -> bool:
     if node.target is getitem:
         return True
     uninitialised = "empty" in str(node.target)
-    return isinstance(node.target, OpOverload) and not _is_random(node) and not uninitialised
+    return isinstance(node.target, OpOverload) and not is_random(node) and not uninitialised
 
 
 def _same_tensor(a: fx.Node, b: fx.Node) -> bool:

@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 
 from . import rule
 from .errors import MissingRuleError, RuleError, TangentError
-from .program import OutSpec, Program, Slot, is_differentiable, location, op_name, rename, value
+from .program import Kind, OutSpec, Program, Slot, is_differentiable, location, op_name, rename, value
 from .rule import Rule
 from .trace import Recorder, bind_call, fake_mode, unflatten_call
 
@@ -237,7 +237,7 @@ class _Transform:
     def _zeros(self, node: fx.Node) -> fx.Node:
         with self.recorder.active():
             zeros = self.recorder.node(torch.zeros_like(self.recorder.fake(self.primals[node])))
-        zeros.meta |= {"role": "tangent", "of": node.name, "direction": 0}
+        zeros.meta |= {"role": "tangent", "of": node.name, "direction": 0, "absent": True}
         return zeros
 
 
@@ -289,31 +289,51 @@ def _sum(terms: Sequence[Any]) -> Any:
     return total
 
 
-def as_primal(program: Program) -> Program:
+def as_primal(program: Program, suffix: str = "_dot") -> Program:
     """A transformed program seen as a plain one, that is `(inputs, tangents) -> (out, out_dot)`.
 
-    Tangent inputs become inputs called `x_dot`, tangent outputs become outputs called `out_dot`.
+    Args:
+        program: a result of `transform` with one direction.
+        suffix: what the names of tangents get behind their primal's name, as inputs and outputs.
     """
-    inputs = tuple(replace(s, kind="input", name=_dot_name(s), direction=0) if s.kind == "tangent"
-                   else s for s in program.inputs)
-    outputs = tuple(replace(s, kind="output", name=_dot_name(s), direction=0) if s.kind == "tangent"
-                    else s for s in program.outputs)
-    return replace(program, inputs=inputs, outputs=outputs, out_spec=_paired(program))
 
+    def plain(slot: Slot, kind: Kind) -> Slot:
+        return Slot(kind, slot.name + suffix) if slot.kind == "tangent" else slot
 
-def _dot_name(slot: Slot) -> str:
-    return f"{slot.name}_dot{slot.direction or ''}"
-
-
-def _paired(program: Program) -> OutSpec:
-    """The structure `(out, out_dot)`; an output without a tangent has None beside it."""
+    inputs = tuple(plain(slot, "input") for slot in program.inputs)
+    outputs = tuple(plain(slot, "output") for slot in program.outputs)
     tree, leaves = program.out_spec.tree, program.out_spec.leaves
     tangents = {slot.name for slot in program.outputs if slot.kind == "tangent"}
-    dots = tuple((True, f"{n}_dot") if is_name and n in tangents else (False, None)
-                 for is_name, n in leaves)
-    pair = pytree.tree_unflatten([pytree.tree_unflatten(range(len(leaves)), tree)] * 2,
-                                 pytree.tree_structure((0, 0)))
-    return OutSpec(pytree.tree_structure(pair), leaves + dots)
+    dots = tuple(
+        (True, name + suffix) if named and name in tangents else (False, None)
+        for named, name in leaves
+    )
+    structure = pytree.tree_unflatten([0] * len(leaves), tree)
+    pair = pytree.tree_structure((structure, structure))
+    return replace(program, inputs=inputs, outputs=outputs, out_spec=OutSpec(pair, leaves + dots))
+
+
+def tie(program: Program, suffix: str) -> Program:
+    """Lets the tangents of the inner transform serve the outer one as well.
+
+    Args:
+        program: a transform of `as_primal(inner, suffix)` by the names inner was transformed by.
+        suffix: the one that `as_primal` got.
+
+    Returns:
+        The program without its own tangent inputs. With one direction at both levels the inner
+        tangents reappear in the outer ones, so cse computes them once: u = v in v'Hu.
+    """
+    program = program.copy()
+    inputs = {slot.name: node for node, slot in program.placeholders()}
+    kept = []
+    for node, slot in list(program.placeholders()):
+        if slot.kind == "tangent" and slot.name + suffix in inputs:
+            node.replace_all_uses_with(inputs[slot.name + suffix])
+            program.graph.erase_node(node)
+        else:
+            kept.append(slot)
+    return replace(program, inputs=tuple(kept))
 
 
 def _describe(node: fx.Node) -> str:

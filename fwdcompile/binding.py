@@ -1,0 +1,122 @@
+"""Binding: the tensors of a call put in the places of a program, and its results taken out."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .capture import Model, input_leaves, named_state
+from .errors import TangentError
+from .program import Slot, is_differentiable
+
+Tangents = Mapping[str, Tensor]
+
+
+def call_values(model: Model, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Everything a call can be differentiated by: parameters, buffers and input leaves by name.
+
+    Raises:
+        TangentError: an argument has the name of a parameter or buffer.
+    """
+    values: dict[str, Any] = named_state(model, "parameter") | named_state(model, "buffer")
+    for name, leaf in input_leaves(model, args, kwargs):
+        if name in values:
+            raise TangentError(f"argument {name!r} has the name of a parameter; rename one of them")
+        values[name] = leaf
+    return values
+
+
+def tied_names(values: Mapping[str, Any]) -> dict[str, str]:
+    """The further names of each tensor that has several, with the one it was first met by."""
+    first: dict[int, str] = {}
+    for name, x in values.items():
+        if isinstance(x, Tensor):
+            first.setdefault(id(x), name)
+    return {
+        name: first[id(x)]
+        for name, x in values.items()
+        if isinstance(x, Tensor) and first[id(x)] != name
+    }
+
+
+def check_tangents(
+    tangents: Tangents, values: Mapping[str, Any], tied: Mapping[str, str]
+) -> dict[str, Tensor]:
+    """Tangents under their primal's first name, each checked against its primal.
+
+    Raises:
+        TangentError: unknown name, integer primal, wrong shape, dtype or device, two tangents for
+            one tied parameter, or no tangent at all.
+    """
+    checked: dict[str, Tensor] = {}
+    for name, dot in tangents.items():
+        check_name(name, values)
+        primal = values[name]
+        if not isinstance(dot, Tensor):
+            raise TangentError(f"the tangent of {name!r} is a {type(dot).__name__}, not a tensor")
+        for what in ("shape", "dtype", "device"):
+            mine, its = getattr(dot, what), getattr(primal, what)
+            if mine != its:
+                raise TangentError(
+                    f"the tangent of {name!r} has {what} {_text(mine)}, its primal has {_text(its)}"
+                )
+        first = tied.get(name, name)
+        if first in checked:
+            raise TangentError(f"{name!r} and {first!r} are one tied tensor: give one tangent")
+        checked[first] = dot
+    if not checked:
+        raise TangentError("no tangent given: nothing to differentiate by")
+    return checked
+
+
+def check_name(name: str, values: Mapping[str, Any]) -> None:
+    """Refuses a name that nothing floating-point goes by.
+
+    Raises:
+        TangentError: with the nearest known names.
+    """
+    if name not in values:
+        known = [n for n, x in values.items() if is_differentiable(x)]
+        near = difflib.get_close_matches(name, known, 3, 0.4) or known[:8]
+        raise TangentError(f"nothing is called {name!r}; nearest: {', '.join(near) or 'nothing'}")
+    if not is_differentiable(values[name]):
+        kind = getattr(values[name], "dtype", type(values[name]).__name__)
+        raise TangentError(f"{name!r} is {kind}: only floating-point tensors have tangents")
+
+
+def arrange(
+    slots: Iterable[Slot], values: Mapping[str, Any], directions: Sequence[Tangents]
+) -> list[Tensor]:
+    """The arguments of a generated function, in the order of its slots."""
+    return [
+        directions[slot.direction][slot.name] if slot.kind == "tangent" else values[slot.name]
+        for slot in slots
+        if slot.kind != "constant"
+    ]
+
+
+@torch.no_grad()
+def store(slots: Sequence[Slot], outs: Sequence[Tensor], values: Mapping[str, Any]) -> None:
+    """Writes new values of buffers and inputs that the model changes in place."""
+    for slot, out in zip(slots, outs, strict=True):
+        if slot.kind in ("buffer", "input"):
+            values[slot.name].copy_(out)
+
+
+def signature_of(x: Any) -> Any:
+    """What of an input decides the captured graph: a tensor's metadata, anything else's value."""
+    if isinstance(x, Tensor):
+        return x.shape, x.dtype, x.device
+    try:
+        hash(x)
+    except TypeError:
+        return type(x), repr(x)
+    return type(x), x
+
+
+def _text(x: Any) -> str:
+    return str(list(x)) if isinstance(x, torch.Size) else str(x)

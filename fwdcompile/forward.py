@@ -1,0 +1,373 @@
+"""The public transform: what `fwdcompile.transform(model)` returns and how it is called."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import networkx as nx
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from . import rules  # noqa: F401  (importing fills the table)
+from .binding import (
+    Tangents,
+    arrange,
+    call_values,
+    check_name,
+    check_tangents,
+    signature_of,
+    store,
+    tied_names,
+)
+from .capture import Model, capture, input_leaves, modules_of
+from .emit import emit, execute
+from .errors import FwdcompileError, TangentError
+from .graph import program_graph
+from .program import OutSpec, Program, is_differentiable
+from .simplify import PASSES, detach_tangents, simplify
+from .transform import as_primal, tie
+from .transform import transform as transform_program
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """One generated program: its text, the graph of each stage, and the function to run.
+
+    Attributes:
+        program: the program that was printed, with the meaning of its inputs and outputs.
+        nestable: the same before tangents were cut off autograd; a further transform starts here.
+        stages: the graph after `capture`, `transform` and `simplify`.
+        code: the source text.
+        function: `forward` of the generated module, compiled if that was asked for.
+    """
+
+    program: Program
+    nestable: Program
+    stages: dict[str, fx.Graph]
+    code: str
+    function: Callable[..., tuple[Any, ...]]
+
+    def graph(self) -> nx.DiGraph[str]:
+        """The program as a networkx graph; see `fwdcompile.graph.program_graph`."""
+        return program_graph(self.program)
+
+
+class Forward:
+    """A model with its forward-mode derivative. Make one with `fwdcompile.transform`."""
+
+    def __init__(
+        self,
+        model: Model | Forward,
+        *,
+        tracks_grad: bool = True,
+        compile: bool = False,
+        mode: str = "default",
+        passes: Sequence[str] = tuple(PASSES),
+    ) -> None:
+        self.model = model
+        self.base: Model = model.base if isinstance(model, Forward) else model
+        self.depth: int = model.depth + 1 if isinstance(model, Forward) else 1
+        self.tracks_grad = tracks_grad
+        self.compile = compile
+        self.mode = mode
+        self.passes = tuple(passes)
+        self._cache: dict[Any, Lowered] = {}
+        self._last: Lowered | None = None
+
+    def __call__(
+        self,
+        *args: Any,
+        tangents: Tangents | Sequence[Tangents],
+        inner: Tangents | Sequence[Tangents] | None = None,
+        **kwargs: Any,
+    ) -> tuple[Any, Any]:
+        """Computes the model's output and its directional derivative in one forward run.
+
+        Args:
+            args: the model's positional arguments.
+            tangents: tangents by parameter name, or by the name of an argument of `forward`
+                (`x`; `batch.image` inside a pytree), each like its primal in shape, dtype and
+                device. Names left out have no tangent. A sequence of K such mappings gives K
+                directions that share one primal.
+            inner: for a transform of a transform, the tangents of the inner one (innermost first
+                where there are several); by default the same as `tangents`, which gives v'Hv.
+            kwargs: the model's keyword arguments.
+
+        Returns:
+            `(y, y_dot)`, both in the model's own structure; for K directions `y_dot` is a tuple of
+            K. A floating-point output that no tangent reaches has zeros, any other has None.
+
+        Raises:
+            TangentError: a tangent of a wrong name, shape, dtype or device, or none at all.
+            CaptureError: the model cannot be captured.
+            MissingRuleError: a tangent reaches an op that the rule table has no row for.
+
+        Example:
+            >>> fwd = fwdcompile.transform(torch.nn.Linear(3, 2))
+            >>> y, y_dot = fwd(torch.ones(3), tangents={"input": torch.ones(3)})
+        """
+        values = call_values(self.base, args, kwargs)
+        tied = tied_names(values)
+        several = not isinstance(tangents, Mapping)
+        dots = [check_tangents(t, values, tied) for t in (tangents if several else [tangents])]
+        if any(set(other) != set(dots[0]) for other in dots):
+            raise TangentError("all directions need tangents of the same names")
+        levels = self._inner_levels(inner, dots, values, tied)
+        lowered = self._lowered(args, kwargs, _Request.of(levels, dots, same=inner is None))
+        for level, inner_dots in enumerate(levels, 1):
+            values |= {f"{name}{_suffix(level)}": dot for name, dot in inner_dots.items()}
+        if self.mode == "reduce-overhead":
+            torch.compiler.cudagraph_mark_step_begin()
+        outs = lowered.function(*arrange(lowered.program.inputs, values, dots))
+        store(lowered.program.outputs, outs, values)
+        return results(lowered.program, outs, len(dots) if several else None)
+
+    def lower(
+        self,
+        *args: Any,
+        tangents: str | Iterable[str] = "parameters",
+        directions: int = 1,
+        **kwargs: Any,
+    ) -> Lowered:
+        """Captures and generates ahead of the first call; nothing is computed.
+
+        Args:
+            args: example positional arguments.
+            tangents: names that will have tangents, or `"parameters"` (all that require grad), or
+                `"inputs"` (all floating-point inputs).
+            directions: how many directions a call will give.
+            kwargs: example keyword arguments.
+
+        Returns:
+            The generated program; `code`, `stages` and `graph()` of this object show it, too.
+        """
+        values = call_values(self.base, args, kwargs)
+        names = self._chosen(tangents, values)
+        tied = tied_names(values)
+        kept = tuple(dict.fromkeys(tied.get(name, name) for name in names))
+        request = _Request((kept,) * self.depth, directions, self.depth > 1)
+        return self._lowered(args, kwargs, request)
+
+    @property
+    def program(self) -> Program:
+        """The program generated last."""
+        return self._latest().program
+
+    @property
+    def code(self) -> str:
+        """Source text of the program generated last."""
+        return self._latest().code
+
+    @property
+    def stages(self) -> dict[str, fx.Graph]:
+        """The graphs after `capture`, `transform` and `simplify` of the program generated last."""
+        return self._latest().stages
+
+    def graph(self) -> nx.DiGraph[str]:
+        """The program generated last as a networkx graph."""
+        return self._latest().graph()
+
+    def save(self, path: str | Path) -> None:
+        """Writes the program generated last to a Python file that needs torch alone."""
+        Path(path).write_text(self.code)
+
+    def _latest(self) -> Lowered:
+        if self._last is None:
+            raise FwdcompileError("nothing is captured yet: call it, or use .lower(*inputs)")
+        return self._last
+
+    def _chosen(self, tangents: str | Iterable[str], values: dict[str, Any]) -> list[str]:
+        modules = modules_of(self.base)
+        state = {n for p, m in modules.items() for n, _ in m.named_parameters(p)}
+        if tangents == "parameters":
+            return [n for n in values if n in state and values[n].requires_grad]
+        if tangents == "inputs":
+            buffers = {n for p, m in modules.items() for n, _ in m.named_buffers(p)}
+            inputs = (n for n in values if n not in state | buffers)
+            return [n for n in inputs if is_differentiable(values[n])]
+        names = [tangents] if isinstance(tangents, str) else list(tangents)
+        for name in names:
+            check_name(name, values)
+        return names
+
+    def _inner_levels(
+        self,
+        inner: Tangents | Sequence[Tangents] | None,
+        dots: list[dict[str, Tensor]],
+        values: dict[str, Any],
+        tied: dict[str, str],
+    ) -> list[dict[str, Tensor]]:
+        count = self.depth - 1
+        if inner is None:
+            return [dots[0]] * count
+        levels = [inner] if isinstance(inner, Mapping) else list(inner)
+        if len(levels) != count:
+            raise TangentError(f"inner needs tangents for {count} inner transforms")
+        return [check_tangents(level, values, tied) for level in levels]
+
+    def _lowered(self, args: Sequence[Any], kwargs: Mapping[str, Any], request: _Request) -> Lowered:
+        key = (self._state_key(), request, *_inputs_key(args, kwargs))
+        if key not in self._cache:
+            self._cache[key] = self._lower(args, kwargs, request)
+        self._last = self._cache[key]
+        return self._last
+
+    def _state_key(self) -> Any:
+        modules = modules_of(self.base).values()
+        flags = tuple(m.training for module in modules for m in module.modules())
+        state = (t for module in modules for t in (*module.parameters(), *module.buffers()))
+        return flags, tuple(map(signature_of, state)), torch.is_autocast_enabled()
+
+    def _lower(self, args: Sequence[Any], kwargs: Mapping[str, Any], request: _Request) -> Lowered:
+        *inner, active = request.levels
+        if isinstance(self.model, Forward):
+            deeper = _Request(tuple(inner), 1, request.same and len(inner) > 1)
+            source = self.model._lowered(args, kwargs, deeper).nestable
+            captured = as_primal(source, _suffix(len(inner)))
+        else:
+            captured = capture(self.model, args, kwargs)
+        transformed = transform_program(captured, active, request.directions)
+        if request.same:
+            transformed = tie(transformed, _suffix(len(inner)))
+        program = transformed.copy()
+        simplify(program.graph, self.passes)
+        stages = {"capture": captured.graph, "transform": transformed.graph}
+        nestable = program.copy()
+        if not self.tracks_grad:
+            detach_tangents(program.graph)
+        return self._generate(program, nestable, stages | {"simplify": program.graph})
+
+    def _generate(
+        self, program: Program, nestable: Program, stages: dict[str, fx.Graph]
+    ) -> Lowered:
+        code = emit(program, self.passes)
+        live = {n.name: program.constants[s.name] for n, s in program.placeholders()
+                if s.kind == "constant"}
+        module = execute(code, f"<fwdcompile {program.title} #{len(self._cache)}>", live)
+        function = module.forward
+        if self.compile:
+            function = torch.compile(function, fullgraph=True, dynamic=False, mode=self.mode)
+        return Lowered(program, nestable, stages, code, function)
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What a caller wants generated: the active names of each level, innermost first."""
+
+    levels: tuple[tuple[str, ...], ...]
+    directions: int
+    same: bool
+
+    @staticmethod
+    def of(inner: list[dict[str, Tensor]], dots: list[dict[str, Tensor]], same: bool) -> _Request:
+        levels = tuple(tuple(level) for level in (*inner, dots[0]))
+        return _Request(levels, len(dots), same and bool(inner) and len(dots) == 1)
+
+
+def _suffix(level: int) -> str:
+    """How the tangents of a level are called when the next level sees them as inputs."""
+    return "_dot" if level < 2 else f"_dot{level}"
+
+
+def _inputs_key(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
+    leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
+    return tuple(map(signature_of, leaves)), spec
+
+
+def results(program: Program, outs: Sequence[Any], directions: int | None) -> tuple[Any, Any]:
+    """The primal and tangent outputs in the model's structure; None directions mean one, bare."""
+    outputs: dict[str, Any] = {}
+    dots: list[dict[str, Any]] = [{} for _ in range(directions or 1)]
+    for slot, out in zip(program.outputs, outs, strict=True):
+        if slot.kind == "output":
+            outputs[slot.name] = out
+        elif slot.kind == "tangent":
+            dots[slot.direction][slot.name] = out
+    leaves = tuple((named, name if named else None) for named, name in program.out_spec.leaves)
+    tangent_spec = OutSpec(program.out_spec.tree, leaves)
+    names = [name for named, name in leaves if named]
+    built = [tangent_spec.build({name: dot.get(name) for name in names}) for dot in dots]
+    return program.out_spec.build(outputs), built[0] if directions is None else tuple(built)
+
+
+def transform(
+    model: Model | Forward,
+    *,
+    tracks_grad: bool = True,
+    compile: bool = False,
+    mode: str = "default",
+    passes: Sequence[str] = tuple(PASSES),
+) -> Forward:
+    """Makes the forward-mode version of a model; nothing is traced before the first call.
+
+    Args:
+        model: an nn.Module, a function of tensors and pytrees, or the result of `transform`.
+        tracks_grad: False cuts the tangent off autograd: the primal output stays differentiable,
+            the tangent costs autograd no memory.
+        compile: runs the generated program through `torch.compile(fullgraph=True)`.
+        mode: torch.compile's mode: "default", "reduce-overhead" or "max-autotune".
+        passes: simplifying passes to take, in order.
+
+    Returns:
+        A callable `fwd(*inputs, tangents={name: tangent})` that gives `(y, y_dot)`.
+
+    Example:
+        >>> fwd = fwdcompile.transform(model)
+        >>> y, y_dot = fwd(x, tangents={"fc1.weight": w_dot, "x": x_dot})
+        >>> print(fwd.code)
+
+    The mathematics is forward-mode AD as in section 2.1 of Baydin et al. (2022): y and J v
+    together, in one evaluation.
+    """
+    return Forward(model, tracks_grad=tracks_grad, compile=compile, mode=mode, passes=passes)
+
+
+@functools.lru_cache(maxsize=256)
+def _forward_of(func: Callable[..., Any]) -> Forward:
+    return Forward(func)
+
+
+def jvp(
+    func: Callable[..., Any],
+    primals: Sequence[Any],
+    tangents: Sequence[Any],
+    *,
+    strict: bool = False,
+    has_aux: bool = False,
+) -> tuple[Any, ...]:
+    """The Jacobian-vector product of `func`, with the signature and results of torch.func.jvp.
+
+    Args:
+        func: a function of tensors or pytrees of tensors. Its program is kept for as long as the
+            function lives: call with the same function object to capture once.
+        primals: the positional arguments of `func`.
+        tangents: for each primal a tangent of the same structure, shape, dtype and device.
+        strict: raises where an output does not depend on any primal, in place of zeros.
+        has_aux: `func` returns `(output, aux)`, of which only the first is differentiated.
+
+    Returns:
+        `(output, jvp_output)`, and `aux` behind them if `has_aux`.
+
+    Raises:
+        TangentError: structure, shape, dtype or device of tangents and primals differ.
+
+    Example:
+        >>> fwdcompile.jvp(torch.sin, (torch.zeros(2),), (torch.ones(2),))
+        (tensor([0., 0.]), tensor([1., 1.]))
+    """
+    primals, tangents = tuple(primals), tuple(tangents)
+    leaves, spec = pytree.tree_flatten(primals)
+    dots, dot_spec = pytree.tree_flatten(tangents)
+    if spec != dot_spec or not leaves:
+        raise TangentError(f"primals and tangents differ in structure: {spec} and {dot_spec}")
+    names = [name for name, _ in input_leaves(func, primals, {})]
+    forward = _forward_of(func)
+    y, y_dot = forward(*primals, tangents=dict(zip(names, dots, strict=True)))
+    if strict and (cut := [s.name for n, s in forward.program.results() if n.meta.get("absent")]):
+        raise TangentError(f"{', '.join(cut)} does not depend on the primals")
+    return (y[0], y_dot[0], y[1]) if has_aux else (y, y_dot)
