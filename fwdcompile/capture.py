@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import os
 import re
-import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -34,8 +34,8 @@ from .program import OutSpec, Program, Slot, identifier, op_name, rename
 
 Model = Callable[..., Any]
 
-_HERE = str(Path(__file__).parent)
-_TORCH = str(Path(torch.__file__).parent)
+_HERE = str(Path(__file__).parent) + os.sep
+_TORCH = str(Path(torch.__file__).parent) + os.sep
 _ROOT = "_model_"
 _FRAME = re.compile(r'File "(.+?)", line (\d+), in .*(?:\n    (.*))?')
 
@@ -242,7 +242,7 @@ def _program(exported: ExportedProgram, root: Root, paths: list[str]) -> Program
     inputs = _inputs(graph, exported, iter(paths), aliases)
     nodes, slots, leaves = _outputs(results, exported, inputs, aliases)
     graph.output(tuple(nodes))
-    names = {node: identifier(slot.name) for slot, node in inputs.items()}
+    names = {node: identifier(_qualified(slot.name)) for slot, node in inputs.items()}
     rename(graph, names | {node: _tidy(node) for node in graph.nodes if node.op == "call_function"})
     return Program(
         graph,
@@ -309,6 +309,8 @@ def _input_slot(spec: InputSpec, names: Iterator[str], aliases: dict[str, str]) 
     kind = _INPUT_KINDS[spec.kind]
     if kind == "input":
         return Slot(kind, next(names))
+    if kind == "constant":
+        return Slot(kind, spec.target or "")
     name = _qualified(spec.target or "")
     return Slot(kind, aliases.get(name, name))
 

@@ -13,7 +13,8 @@ has a tangent and adds what they return. Zeros, broadcasting and dtypes are the 
     @joint(aten.linear.default, wrt=("input", "weight", "bias"))    # all tangents at once
 
 A term takes its tangent `d` first (a slope takes none), then by name only the arguments of the op
-that it uses, and `out`, the primal output, when that saves work.
+that it uses, and `out`, the primal output, when that saves work. `call(name=x, ...)` is the op
+itself with some arguments replaced.
 """
 
 from __future__ import annotations
@@ -110,7 +111,7 @@ def jvp(op: OpOverload, **terms: Term) -> None:
 
     Args:
         op: an operator overload.
-        terms: by argument name, `f(d, <arguments by name>, out)`. For an argument that is a list
+        terms: by argument name, `f(d, <arguments by name>, out, call)`. For an argument that is a list
             of tensors, `d` is a list with None where an element has no tangent. For an op of
             several outputs the term returns a tuple, with None where an output has no tangent.
 
@@ -149,8 +150,9 @@ def not_implemented(op: OpOverload, reason: str) -> None:
 
 
 def parameters(term: Term) -> tuple[str, ...]:
-    """The parameter names of a term, in order."""
-    return tuple(inspect.signature(term).parameters)
+    """The parameters of a term that the engine fills, in order; one with a default is the term's own."""
+    signature = inspect.signature(term).parameters.values()
+    return tuple(p.name for p in signature if p.default is inspect.Parameter.empty)
 
 
 def _register(
@@ -173,7 +175,7 @@ def _register(
         raise RuleError(f"{where}: {op} has no argument {unknown[0]!r}; it has {sorted(known)}")
     for name, term in terms.items():
         asked = parameters(term)[0 if word == "pointwise" else 1 :]
-        if extra := [asks for asks in asked if asks not in known | {"out"}]:
+        if extra := [asks for asks in asked if asks not in known | {"out", "call"}]:
             raise RuleError(f"{where}: {op}, term {name!r}: {extra[0]!r} is no argument of the op")
     table[op] = Rule(op, word, wrt, terms, where, reason)
 

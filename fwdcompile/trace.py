@@ -30,6 +30,7 @@ class Recorder(TorchDispatchMode):
         self.fakes = fakes
         self.keep = keep
         self._nodes: dict[int, fx.Node] = {}
+        self._items: dict[tuple[fx.Node, int], fx.Node] = {}
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -59,14 +60,8 @@ class Recorder(TorchDispatchMode):
         out = op(*args, **kwargs)
         node_args, node_kwargs = tree_map_only(Tensor, self.node, (args, dict(kwargs)))
         node = self.graph.call_function(op, node_args, node_kwargs)
-        if isinstance(out, Tensor):
-            return self._register(node, out)
-        items = [
-            self._register(self.graph.call_function(getitem, (node, i)), item)
-            for i, item in enumerate(out)
-        ]
-        node.meta["val"] = type(out)(items)
-        return node.meta["val"]
+        node.meta["val"] = out
+        return self.fake(node)
 
     def node(self, fake: Tensor) -> fx.Node:
         """The node that a fake tensor stands for."""
@@ -75,18 +70,27 @@ class Recorder(TorchDispatchMode):
         return self._nodes[id(fake)]
 
     def fake(self, node: fx.Node) -> Any:
-        """The fake tensor, or structure of them, that stands for a node inside a rule."""
+        """The fake tensor that stands for a node inside a rule; of several outputs, a tuple."""
         out = value(node)
+        if isinstance(out, list | tuple):
+            return tuple(self.fake(self.item(node, i)) for i in range(len(out)))
         if isinstance(out, Tensor) and self._nodes.get(id(out)) is not node:
             return self._register(node, out)
         return out
 
-    def _register(self, node: fx.Node, fake: Any) -> Any:
-        if isinstance(fake, Tensor):
-            if id(fake) in self._nodes:
-                with _disable_current_modes(), self.fakes:
-                    fake = torch.empty_like(fake)
-            self._nodes[id(fake)] = node
+    def item(self, node: fx.Node, index: int) -> fx.Node:
+        """The node that takes one output out of a node of several."""
+        if (node, index) not in self._items:
+            item = self.graph.call_function(getitem, (node, index))
+            item.meta["val"] = value(node)[index]
+            self._items[node, index] = item
+        return self._items[node, index]
+
+    def _register(self, node: fx.Node, fake: Tensor) -> Tensor:
+        if id(fake) in self._nodes:
+            with _disable_current_modes(), self.fakes:
+                fake = torch.empty_like(fake)
+        self._nodes[id(fake)] = node
         node.meta["val"] = fake
         return fake
 

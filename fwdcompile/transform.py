@@ -76,9 +76,10 @@ class _Transform:
         tangents = self._inputs(active)
         for node in self.program.graph.nodes:
             if node.op == "call_function":
-                first = self._copy(node)
+                self._copy(node)
+                before = self.graph._root.prev
                 self._differentiate(node)
-                self._mark(node, first)
+                self._mark(node, before)
         outputs = self._outputs()
         self._rename()
         return replace(
@@ -110,15 +111,18 @@ class _Transform:
         return node
 
     def _copy(self, node: fx.Node) -> fx.Node:
-        copy = self.graph.node_copy(node, lambda n: self.primals[n])
+        if node.target is getitem:
+            copy = self.recorder.item(self.primals[node.args[0]], node.args[1])  # type: ignore
+        else:
+            copy = self.graph.node_copy(node, lambda n: self.primals[n])
         copy.meta = dict(node.meta) | {"role": "primal"}
         self.primals[node] = copy
         return copy
 
-    def _mark(self, node: fx.Node, first: fx.Node) -> None:
-        """Labels what a rule has added after the copy `first` of `node`."""
+    def _mark(self, node: fx.Node, before: fx.Node) -> None:
+        """Labels what a rule has added behind `before` for the tangents of `node`."""
         last = {dot: k for k, dot in enumerate(self.dots.get(node, ())) if isinstance(dot, fx.Node)}
-        added = first.next
+        added = before.next
         while added.op != "root":
             role = "tangent" if added in last else "glue"
             added.meta |= {"role": role, "of": node.name, "direction": last.get(added, 0)}
@@ -244,11 +248,12 @@ class _Transform:
 def _apply(site: _Site, dots: dict[str, Any]) -> Any:
     """Runs a row on fakes; `dots` holds the present tangents by argument name."""
     row = site.row
-    named = site.arguments | {"out": site.out}
 
     def call(**changed: Any) -> Any:
         args, kwargs = unflatten_call(row.op, site.arguments | changed)
         return row.op(*args, **kwargs)
+
+    named = site.arguments | {"out": site.out, "call": call}
 
     def pick(term: rule.Term, skip: int) -> dict[str, Any]:
         return {name: named[name] for name in rule.parameters(term)[skip:]}

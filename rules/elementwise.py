@@ -168,7 +168,11 @@ pointwise(
     self=lambda self, other: torch.sigmoid((self - other) * LN2),
     other=lambda self, other: torch.sigmoid((other - self) * LN2),
 )
-pointwise(aten.ldexp.Tensor, self=lambda other: torch.exp2(other), other=lambda out: out * LN2)
+jvp(
+    aten.ldexp.Tensor,
+    self=lambda d, other: torch.ldexp(d, other),
+    other=lambda d, out: d * out * LN2,
+)
 jvp(aten.frexp.Tensor, self=lambda d, out: (torch.ldexp(d, -out[1]), None))
 pointwise(aten.sigmoid.default, lambda out: out * (1 - out))
 
@@ -240,7 +244,7 @@ def _shared(d: dict[str, Tensor], mask: Tensor, tie: Tensor) -> Tensor:
 
 @joint(aten.fmax.default, wrt=("self", "other"))
 def fmax(d: dict[str, Tensor], self: Tensor, other: Tensor) -> Tensor:
-    return chosen((self >= other) | other.isnan(), d, "self", "other")
+    return chosen((self > other) | other.isnan(), d, "self", "other")
 
 
 @joint(aten.fmin.default, wrt=("self", "other"))

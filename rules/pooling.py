@@ -1,0 +1,142 @@
+"""Pooling, resampling and sampling: averages are linear, maxima pick the winner's tangent."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import product
+
+import torch
+from torch import Tensor
+
+from ..errors import RuleError
+from ..rule import jvp, linear
+
+aten = torch.ops.aten
+
+for _op in (
+    aten.avg_pool1d.default,
+    aten.avg_pool2d.default,
+    aten.avg_pool3d.default,
+    aten.adaptive_avg_pool1d.default,
+    aten.adaptive_avg_pool2d.default,
+    aten.adaptive_avg_pool3d.default,
+    aten._adaptive_avg_pool2d.default,
+    aten._adaptive_avg_pool3d.default,
+    aten.max_unpool2d.default,
+    aten.max_unpool3d.default,
+):
+    linear(_op, wrt="self")
+
+for _family in (
+    aten.upsample_nearest1d,
+    aten.upsample_nearest2d,
+    aten.upsample_nearest3d,
+    aten._upsample_nearest_exact1d,
+    aten._upsample_nearest_exact2d,
+    aten._upsample_nearest_exact3d,
+    aten.upsample_linear1d,
+    aten.upsample_bilinear2d,
+    aten.upsample_trilinear3d,
+    aten.upsample_bicubic2d,
+    aten._upsample_bilinear2d_aa,
+    aten._upsample_bicubic2d_aa,
+    *([aten._upsample_lanczos2d_aa] if hasattr(aten, "_upsample_lanczos2d_aa") else []),
+):
+    linear(_family.default, wrt="self")
+    linear(_family.vec, wrt="input")
+
+linear(aten.affine_grid_generator.default, wrt="theta")
+
+
+def _winners(d: Tensor, indices: Tensor, spatial: int) -> Tensor:
+    """Reads d at indices that count through its last `spatial` dimensions."""
+    if spatial == 1:
+        return d.gather(-1, indices)
+    flat = d.flatten(-spatial).gather(-1, indices.flatten(-spatial))
+    return flat.view(indices.shape)
+
+
+for _op, _spatial in (
+    (aten.max_pool1d_with_indices.default, 1),
+    (aten.max_pool2d_with_indices.default, 2),
+    (aten.max_pool3d_with_indices.default, 3),
+    (aten.adaptive_max_pool1d.default, 1),
+    (aten.adaptive_max_pool2d.default, 2),
+    (aten.adaptive_max_pool3d.default, 3),
+    (aten.fractional_max_pool2d.default, 2),
+    (aten.fractional_max_pool3d.default, 3),
+):
+    jvp(_op, self=lambda d, out, n=_spatial: (_winners(d, out[1], n), None))
+
+_NEAREST, _BICUBIC = 1, 2  # interpolation_mode
+_ZEROS, _REFLECTION = 0, 2  # padding_mode
+
+# A neighbour along one axis: its index, its weight and that one's tangent; all 0 if outside.
+Tap = tuple[Tensor, Tensor, Tensor]
+
+
+def _grid_dot(
+    d: Tensor,
+    input: Tensor,
+    grid: Tensor,
+    interpolation_mode: int,
+    padding_mode: int,
+    align_corners: bool,
+) -> Tensor | None:
+    """Sums the pixels at a cell's corners, times the tangents of their weights."""
+    if interpolation_mode == _NEAREST:
+        return None
+    if interpolation_mode == _BICUBIC:
+        raise RuleError("bicubic sampling has no derivative by its grid; use mode='bilinear'")
+    sizes = input.shape[:1:-1]  # a grid point begins with x, which is the last dimension
+    axes = []
+    for i, size in enumerate(sizes):
+        x, x_dot = _pixel(grid[..., i], d[..., i], size, padding_mode, align_corners)
+        axes.append(_taps(x, x_dot, size))
+    corners = [_corner(input.flatten(2), sizes, taps) for taps in product(*axes)]
+    return sum(corners[1:], corners[0]).view(*input.shape[:2], *grid.shape[1:-1])
+
+
+def _pixel(
+    x: Tensor, d: Tensor, size: int, padding_mode: int, align_corners: bool
+) -> tuple[Tensor, Tensor]:
+    """A coordinate in [-1, 1] and its tangent, counted in pixels and moved by the padding."""
+    scale = (size - 1) / 2 if align_corners else size / 2
+    x, d = x * scale + (size - 1) / 2, d * scale
+    if padding_mode == _REFLECTION:
+        low, span = (0.0, size - 1) if align_corners else (-0.5, size)
+        if span == 0:
+            return x * 0, d * 0
+        phase = (x - low).remainder(2 * span)
+        x, d = low + span - (phase - span).abs(), torch.where(phase < span, d, -d)
+    if padding_mode != _ZEROS:
+        d = torch.where((x > 0) & (x < size - 1), d, 0.0)
+        x = x.clamp(0, size - 1)
+    return x, d
+
+
+def _taps(x: Tensor, d: Tensor, size: int) -> tuple[Tap, Tap]:
+    low = x.floor()
+    after = x - low
+    return _tap(low, 1 - after, -d, size), _tap(low + 1, after, d, size)
+
+
+def _tap(at: Tensor, weight: Tensor, weight_dot: Tensor, size: int) -> Tap:
+    inside = (at >= 0) & (at < size)
+    index = torch.where(inside, at, 0.0).to(torch.int64)
+    return index, torch.where(inside, weight, 0.0), torch.where(inside, weight_dot, 0.0)
+
+
+def _corner(pixels: Tensor, sizes: Sequence[int], taps: Sequence[Tap]) -> Tensor:
+    index, weight, weight_dot = taps[0]
+    stride = 1
+    for size, (place, w, w_dot) in zip(sizes, taps[1:], strict=False):
+        stride *= size
+        index = index + place * stride
+        weight, weight_dot = weight * w, weight_dot * w + weight * w_dot
+    index = index.flatten(1).unsqueeze(1).expand(-1, pixels.shape[1], -1)
+    return pixels.gather(2, index) * weight_dot.flatten(1).unsqueeze(1)
+
+
+for _op in (aten.grid_sampler_2d.default, aten.grid_sampler_3d.default):
+    jvp(_op, input=lambda d, call: call(input=d), grid=_grid_dot)
