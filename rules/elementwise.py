@@ -234,12 +234,8 @@ def minimum(d: dict[str, Tensor], self: Tensor, other: Tensor) -> Tensor:
 
 
 def _shared(d: dict[str, Tensor], mask: Tensor, tie: Tensor) -> Tensor:
-    weight = torch.where(tie, 0.5, mask)
-    if "other" not in d:
-        return d["self"] * weight
-    if "self" not in d:
-        return d["other"] * (1 - weight)
-    return d["other"] + (d["self"] - d["other"]) * weight
+    total = d["self"] + d["other"] if len(d) == 2 else next(iter(d.values()))
+    return torch.where(tie, total * 0.5, chosen(mask, d, "self", "other"))
 
 
 @joint(aten.fmax.default, wrt=("self", "other"))
