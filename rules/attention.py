@@ -33,7 +33,8 @@ def _heads(x: Tensor, like: Tensor) -> Tensor:
 @joint(aten.scaled_dot_product_attention.default, wrt=("query", "key", "value", "attn_mask"))
 def attention(
     d: dict[str, Tensor], query: Tensor, key: Tensor, value: Tensor, attn_mask: Any,
-    dropout_p: float, is_causal: bool, scale: float | None, enable_gqa: bool, out: Tensor, call: Call,
+    dropout_p: float, is_causal: bool, scale: float | None, enable_gqa: bool, out: Tensor,
+    call: Call,
 ) -> Tensor:  # fmt: skip
     """With P = softmax(S) and out = P v: out_dot = (P S_dot) v - sum(P S_dot) out + P v_dot."""
     if dropout_p:
