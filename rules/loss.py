@@ -2,77 +2,153 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from ..rule import jvp
+from ..rule import joint, jvp, linear
 
 aten = torch.ops.aten
 
 
-def _reduced(x: Tensor, reduction: int) -> Tensor:
-    """Torch's codes: 0 keeps every element, 1 averages, 2 sums."""
+def reduced(x: Tensor, weight: Tensor | None, reduction: int) -> Tensor:
+    """Applies the weight of each element, then torch's code: 0 keeps all, 1 averages, 2 sums."""
+    x = x if weight is None else x * weight
     if reduction == 0:
         return x
     return x.mean() if reduction == 1 else x.sum()
 
 
-# The negative log-likelihood is linear in its log-probabilities; the total weight is constant.
+# The negative log-likelihood is linear in the log-probabilities; its total weight is fixed.
+for _op in (aten.nll_loss_nd.default, aten.nll_loss.default, aten.nll_loss2d.default):
+    linear(_op, wrt="self")
 for _op in (aten.nll_loss_forward.default, aten.nll_loss2d_forward.default):
-    jvp(
-        _op,
-        self=lambda d, target, weight, reduction, ignore_index, op=_op: (
-            op(d, target, weight, reduction, ignore_index)[0],
-            None,
-        ),
-    )
+    jvp(_op, self=lambda d, call: (call(self=d)[0], None))
+
+# Losses of the difference z = self - target
 
 
-# Losses of the difference z = self - target, by their slope.
-def _mse(d: Tensor, self: Tensor, target: Tensor, reduction: int) -> Tensor:
-    return _reduced(2 * (self - target) * d, reduction)
+def difference(d: dict[str, Tensor]) -> Tensor:
+    """The tangent of z."""
+    if "target" not in d:
+        return d["self"]
+    return d["self"] - d["target"] if "self" in d else -d["target"]
 
 
-def _smooth_l1(d: Tensor, self: Tensor, target: Tensor, reduction: int, beta: float) -> Tensor:
+@joint(aten.mse_loss.default, wrt=("self", "target"))
+def mse_loss(d: dict[str, Tensor], self: Tensor, target: Tensor, reduction: int) -> Tensor:
+    return reduced(2 * (self - target) * difference(d), None, reduction)
+
+
+@joint(aten.smooth_l1_loss.default, wrt=("self", "target"))
+def smooth_l1_loss(
+    d: dict[str, Tensor], self: Tensor, target: Tensor, reduction: int, beta: float
+) -> Tensor:
     z = self - target
-    slope = torch.sgn(z) if beta == 0 else torch.clamp(z / beta, -1, 1)
-    return _reduced(slope * d, reduction)
+    slope = torch.sign(z) if beta == 0 else torch.clamp(z / beta, -1, 1)
+    return reduced(slope * difference(d), None, reduction)
 
 
-def _huber(d: Tensor, self: Tensor, target: Tensor, reduction: int, delta: float) -> Tensor:
-    return _reduced(torch.clamp(self - target, -delta, delta) * d, reduction)
+@joint(aten.huber_loss.default, wrt=("self", "target"))
+def huber_loss(
+    d: dict[str, Tensor], self: Tensor, target: Tensor, reduction: int, delta: float
+) -> Tensor:
+    slope = torch.clamp(self - target, -delta, delta)
+    return reduced(slope * difference(d), None, reduction)
 
 
-jvp(aten.mse_loss.default, self=_mse, target=lambda d, self, target, reduction:
-    _mse(-d, self, target, reduction))  # fmt: skip
-jvp(aten.smooth_l1_loss.default, self=_smooth_l1, target=lambda d, self, target, reduction, beta:
-    _smooth_l1(-d, self, target, reduction, beta))  # fmt: skip
-jvp(aten.huber_loss.default, self=_huber, target=lambda d, self, target, reduction, delta:
-    _huber(-d, self, target, reduction, delta))  # fmt: skip
-
-# Losses of probabilities and logits.
-_TINY = 1e-12
+# Losses of probabilities and logits; each is linear in its weight of each element
 
 
-def _weighted(x: Tensor, weight: Tensor | None) -> Tensor:
-    return x if weight is None else x * weight
+def call_with_weight(d: Tensor, call: Callable[..., Tensor]) -> Tensor:
+    return call(weight=d)
 
 
-def _bce(d: Tensor, self: Tensor, target: Tensor, weight: Any, reduction: int) -> Tensor:
-    slope = (self - target) / torch.clamp_min(self * (1 - self), _TINY)
-    return _reduced(_weighted(slope * d, weight), reduction)
+def bce_self(
+    d: Tensor, self: Tensor, target: Tensor, weight: Tensor | None, reduction: int
+) -> Tensor:
+    # Torch's bound: it keeps the slope finite where the loss is clamped at -log(p) = 100.
+    slope = (self - target) / torch.clamp_min(self * (1 - self), 1e-12)
+    return reduced(slope * d, weight, reduction)
 
 
-def _bce_target(d: Tensor, self: Tensor, weight: Any, reduction: int) -> Tensor:
+def bce_target(d: Tensor, self: Tensor, weight: Tensor | None, reduction: int) -> Tensor:
     slope = torch.clamp_min(torch.log1p(-self), -100) - torch.clamp_min(torch.log(self), -100)
-    return _reduced(_weighted(slope * d, weight), reduction)
+    return reduced(slope * d, weight, reduction)
 
 
-def _soft_margin(d: Tensor, self: Tensor, target: Tensor, reduction: int) -> Tensor:
-    return _reduced(-target * torch.sigmoid(-target * self) * d, reduction)
+jvp(
+    aten.binary_cross_entropy.default,
+    self=bce_self,
+    target=bce_target,
+    weight=call_with_weight,
+)
 
 
-jvp(aten.binary_cross_entropy.default, self=_bce, target=_bce_target)
-jvp(aten.soft_margin_loss.default, self=_soft_margin)
+def logits_self(
+    d: Tensor, self: Tensor, target: Tensor, weight: Any, pos_weight: Any, reduction: int
+) -> Tensor:
+    p = torch.sigmoid(self)
+    if pos_weight is None:
+        return reduced((p - target) * d, weight, reduction)
+    positive = pos_weight * target
+    return reduced(((positive + 1 - target) * p - positive) * d, weight, reduction)
+
+
+def logits_target(d: Tensor, self: Tensor, weight: Any, pos_weight: Any, reduction: int) -> Tensor:
+    if pos_weight is None:
+        return reduced(-self * d, weight, reduction)
+    slope = F.logsigmoid(-self) - pos_weight * F.logsigmoid(self)
+    return reduced(slope * d, weight, reduction)
+
+
+def logits_pos_weight(
+    d: Tensor, self: Tensor, target: Tensor, weight: Any, reduction: int
+) -> Tensor:
+    return reduced(-target * F.logsigmoid(self) * d, weight, reduction)
+
+
+jvp(
+    aten.binary_cross_entropy_with_logits.default,
+    self=logits_self,
+    target=logits_target,
+    weight=call_with_weight,
+    pos_weight=logits_pos_weight,
+)
+
+
+def soft_margin_slope(self: Tensor, target: Tensor) -> Tensor:
+    """The slope of log(1 + exp(-self * target)) in the product."""
+    return -torch.sigmoid(-self * target)
+
+
+jvp(
+    aten.soft_margin_loss.default,
+    self=lambda d, self, target, reduction: reduced(
+        soft_margin_slope(self, target) * target * d, None, reduction
+    ),
+    target=lambda d, self, target, reduction: reduced(
+        soft_margin_slope(self, target) * self * d, None, reduction
+    ),
+)
+
+
+@joint(aten.multilabel_margin_loss.default, wrt=("self",))
+def multilabel_margin_loss(
+    d: dict[str, Tensor], self: Tensor, target: Tensor, reduction: int
+) -> Tensor:
+    """The mean over classes of the margins that are violated; the first -1 ends a target."""
+    classes = torch.arange(self.shape[-1], device=self.device)
+    listed = torch.cumsum(target < 0, -1) == 0
+    index = torch.where(listed, target, 0)
+    chosen = ((index.unsqueeze(-1) == classes) & listed.unsqueeze(-1)).any(-2, keepdim=True)
+
+    def differences(x: Tensor) -> Tensor:
+        return x.unsqueeze(-2) - torch.gather(x, -1, index).unsqueeze(-1)
+
+    violated = (differences(self) > -1) & listed.unsqueeze(-1) & ~chosen
+    total = (differences(d["self"]) * violated).sum((-2, -1))
+    return reduced(total / self.shape[-1], None, reduction)

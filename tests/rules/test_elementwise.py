@@ -100,10 +100,22 @@ POWERS = [
 ]
 
 TRIGONOMETRY = [
-    *((getattr(aten, name).default, (X,), {}) for name in "sin cos tan sinh cosh tanh".split()),
-    *((getattr(aten, name).default, (C,), {}) for name in "sin cos tan sinh cosh tanh".split()),
-    *((getattr(aten, name).default, (UNIT,), {}) for name in "asin acos atan asinh atanh".split()),
-    *((getattr(aten, f"a{name}").default, (C,), {}) for name in "sin tan sinh cosh tanh".split()),
+    *(
+        (getattr(aten, name).default, (X,), {})
+        for name in ("sin", "cos", "tan", "sinh", "cosh", "tanh")
+    ),
+    *(
+        (getattr(aten, name).default, (C,), {})
+        for name in ("sin", "cos", "tan", "sinh", "cosh", "tanh")
+    ),
+    *(
+        (getattr(aten, name).default, (UNIT,), {})
+        for name in ("asin", "acos", "atan", "asinh", "atanh")
+    ),
+    *(
+        (getattr(aten, f"a{name}").default, (C,), {})
+        for name in ("sin", "tan", "sinh", "cosh", "tanh")
+    ),
     (aten.acosh.default, (POSITIVE + 1,), {}),
     (aten.tanh.default, (EMPTY,), {}),
     (aten.tanh.default, (SCALAR,), {}),
@@ -114,7 +126,7 @@ TRIGONOMETRY = [
 ROUNDING = [
     *(
         (getattr(aten, name).default, (X * 3,), {})
-        for name in "sign floor ceil round trunc".split()
+        for name in ("sign", "floor", "ceil", "round", "trunc")
     ),
     (aten.round.decimals, (X,), {"decimals": 1}),
     (aten.nan_to_num.default, (X,), {}),
@@ -150,7 +162,7 @@ CHOICES = [
 ]
 
 COPIES = [
-    *((getattr(aten, name).default, (X,), {}) for name in "clone lift alias alias_copy".split()),
+    *((getattr(aten, name).default, (X,), {}) for name in ("clone", "lift", "alias", "alias_copy")),
     (aten.lift_fresh_copy.default, (X,), {}),
     (aten.clone.default, (X.t(),), {"memory_format": torch.contiguous_format}),
     (aten._to_copy.default, (X,), {"dtype": torch.complex128}),
