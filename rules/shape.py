@@ -1,4 +1,4 @@
-"""Views, permutations, joining, splitting, padding: all linear."""
+"""Views, permutations, joining, splitting, padding: ops that move elements and compute nothing."""
 
 from __future__ import annotations
 
@@ -11,33 +11,47 @@ aten = torch.ops.aten
 for _op in (
     aten.reshape.default,
     aten.expand.default,
+    aten.expand_copy.default,
     aten.permute.default,
+    aten.permute_copy.default,
     aten.transpose.int,
+    aten.transpose_copy.int,
     aten.t.default,
+    aten.t_copy.default,
     aten.squeeze.default,
     aten.squeeze.dim,
     aten.squeeze.dims,
+    aten.squeeze_copy.default,
+    aten.squeeze_copy.dim,
+    aten.squeeze_copy.dims,
     aten.unsqueeze.default,
-    aten.flatten.using_ints,
+    aten.unsqueeze_copy.default,
     aten.slice.Tensor,
+    aten.slice_copy.Tensor,
     aten.select.int,
+    aten.select_copy.int,
     aten.split.Tensor,
+    aten.split_copy.Tensor,
+    aten.unsafe_split.Tensor,
     aten.split_with_sizes.default,
+    aten.split_with_sizes_copy.default,
+    aten.unsafe_split_with_sizes.default,
     aten.unbind.int,
-    aten.chunk.default,
+    aten.unbind_copy.int,
+    aten.diagonal.default,
+    aten.diagonal_copy.default,
+    aten.unfold.default,
+    aten.unfold_copy.default,
     aten.flip.default,
     aten.roll.default,
+    aten.rot90.default,
     aten.repeat.default,
     aten.tile.default,
-    aten._pad_circular.default,
     aten.repeat_interleave.self_int,
-    aten.repeat_interleave.self_Tensor,
-    aten.diagonal.default,
     aten.diag_embed.default,
     aten.tril.default,
     aten.triu.default,
-    aten.unfold.default,
-    aten.constant_pad_nd.default,
+    aten._pad_circular.default,
     aten.reflection_pad1d.default,
     aten.reflection_pad2d.default,
     aten.reflection_pad3d.default,
@@ -49,23 +63,30 @@ for _op in (
     aten.channel_shuffle.default,
     aten.im2col.default,
     aten.col2im.default,
-    aten.permute_copy.default,
-    aten.expand_copy.default,
-    aten.slice_copy.Tensor,
-    aten.select_copy.int,
-    aten.unsqueeze_copy.default,
-    aten.squeeze_copy.dim,
-    aten.transpose_copy.int,
 ):
     linear(_op, wrt="self")
-for _op in (aten.select_scatter.default, aten.slice_scatter.default, aten.diagonal_scatter.default):
-    linear(_op, wrt=("self", "src"))
-for _op in (aten.cat.default, aten.stack.default):
+
+for _op in (
+    aten.cat.default,
+    aten.stack.default,
+    aten.hstack.default,
+    aten.vstack.default,
+    aten.dstack.default,
+    aten.column_stack.default,
+    aten.block_diag.default,
+):
     linear(_op, wrt="tensors")
 
-# A tangent need not have its primal's strides, so what is a view of the primal may be a copy here.
-for _op in (aten.view.default, aten._unsafe_view.default, aten.view_copy.default):
-    jvp(_op, self=lambda d, size: aten.reshape(d, size))
-not_implemented(
-    aten.as_strided.default, "it reads memory by strides, and a tangent may have others; use views"
-)
+for _op in (aten.select_scatter.default, aten.slice_scatter.default, aten.diagonal_scatter.default):
+    linear(_op, wrt=("self", "src"))
+
+# A tangent need not have its primal's strides, so a view of it is asked for as a reshape.
+for _op in (aten.view.default, aten.view_copy.default, aten._unsafe_view.default):
+    jvp(_op, self=lambda d, size: d.reshape(size))
+
+jvp(aten.constant_pad_nd.default, self=lambda d, call: call(self=d, value=0))
+
+for _op in (aten.as_strided.default, aten.as_strided_copy.default):
+    not_implemented(_op, "it reads memory by strides, and a tangent may have others; use views")
+for _op in (aten.view.dtype, aten.view_copy.dtype):
+    not_implemented(_op, "it reinterprets bits, which has no derivative; convert with .to(dtype)")

@@ -1,0 +1,161 @@
+"""Rows of rules/indexing.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from check import check, jvp_by_rule
+from torch import Tensor
+from torch._ops import OpOverload
+
+import fwdcompile
+from fwdcompile.rule import table
+
+aten = torch.ops.aten
+
+
+def _t(*shape: int, seed: int = 1) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def _i(*numbers: Any) -> Tensor:
+    return torch.tensor(numbers)
+
+
+X, Y, CUBE, SCALAR = _t(3, 4), _t(3, 4, seed=2), _t(2, 3, 4), _t()
+MASK = _t(3, 4, seed=3) > 0
+ROWS, COLUMNS = _i(2, 0, 2), _i([0, 1, 1, 3], [2, 0, 2, 1], [1, 1, 0, 0])
+TIES = torch.tensor([[1.0, 2.0, 2.0], [3.0, 0.0, 3.0]], dtype=torch.float64)
+
+READS: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = [
+    (aten.embedding.default, (X, COLUMNS[:, :2] % 3), {}),
+    (aten.embedding.default, (X, ROWS, 2), {}),
+    (aten.embedding.default, (X, torch.empty(0, dtype=torch.int64)), {}),
+    *((op, (X, [ROWS, None]), {}) for op in (aten.index.Tensor, aten._unsafe_index.Tensor)),
+    (aten.index.Tensor, (CUBE, [None, ROWS[:2], _i(-1, 0)]), {}),
+    (aten.index.Tensor, (CUBE, [_i(1, 0), None, _i([1], [3])]), {}),
+    (aten.index_select.default, (X, -1, ROWS), {}),
+    (aten.gather.default, (X, 1, COLUMNS), {}),
+    (aten.gather.default, (SCALAR, 0, _i(0)), {}),
+    (aten.take.default, (X, _i([11, -1], [0, 5])), {}),
+    (aten.take_along_dim.default, (X, COLUMNS, 1), {}),
+    (aten.take_along_dim.default, (X, _i([1], [0], [3]), -1), {}),
+    (aten.repeat_interleave.self_Tensor, (X, _i(1, 0, 2), 0), {"output_size": 3}),
+    (aten._unsafe_masked_index.default, (X, MASK, [_i([0], [1], [2]), _i(0, 1, 2, 3)], 5.0), {}),
+]
+
+WRITES: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = [
+    (aten.scatter.src, (X, 1, _i([0, 2], [1, 3], [3, 0]), Y), {}),
+    (aten.scatter.value, (X, -1, COLUMNS, 3.0), {}),
+    (aten.scatter_add.default, (X, 1, COLUMNS, Y), {}),
+    *(
+        (op, (X, [ROWS[:2], None], _t(4)), {})
+        for op in (aten.index_put.default, aten._unsafe_index_put.default)
+    ),
+    (aten.index_put.default, (X, [ROWS, _i(1, 2, 1)], _t(3), True), {}),
+    (aten.index_put.default, (X, [MASK], SCALAR), {}),
+    (aten.index_add.default, (X, 0, ROWS, Y), {}),
+    (aten.index_add.default, (X, -1, _i(3, 3), Y[:, :2]), {"alpha": -2}),
+    (aten.index_copy.default, (X, 1, _i(3, 0), Y[:, :2]), {}),
+    (aten.index_fill.int_Scalar, (X, 1, _i(0, 2), 4.0), {}),
+    (aten.index_fill.int_Tensor, (X, -1, _i(0, 2), SCALAR), {}),
+    (aten.masked_fill.Scalar, (X, MASK, 2.0), {}),
+    (aten.masked_fill.Scalar, (X, MASK[0], -float("inf")), {}),
+    (aten.masked_fill.Tensor, (X, MASK, SCALAR), {}),
+    (aten.masked_fill.Tensor, (X[:, :1], MASK, SCALAR), {}),
+    (aten.masked_scatter.default, (X, MASK, Y), {}),
+    (aten.put.default, (X, _i(1, 7), Y[0, :2]), {}),
+    (aten.put.default, (X, _i(1, 1), Y[0, :2], True), {}),
+    (
+        aten._unsafe_masked_index_put_accumulate.default,
+        (X, MASK, [_i([0], [1], [2]), _i(0, 1, 2, 3)], Y),
+        {},
+    ),
+]
+
+REDUCES: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = [
+    *(
+        (aten.scatter_reduce.two, (X, 1, COLUMNS, Y, reduce), {"include_self": include_self})
+        for reduce in ("sum", "mean", "amax", "amin")
+        for include_self in (True, False)
+    ),
+]
+INDEX_REDUCES = [
+    (aten.index_reduce.default, (X, dim, index, source, reduce), {"include_self": include_self})
+    for dim, index, source in ((0, ROWS, Y), (-1, _i(3, 3), Y[:, :2]))
+    for reduce in ("mean", "amax", "amin")
+    for include_self in (True, False)
+]
+
+
+def _name(x: object) -> str:
+    return str(x) if isinstance(x, OpOverload) else ""
+
+
+@pytest.mark.parametrize(("op", "args", "kwargs"), READS, ids=_name)
+def test_reads(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    check(op, *args, **kwargs)
+
+
+@pytest.mark.parametrize(("op", "args", "kwargs"), WRITES, ids=_name)
+def test_writes(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    check(op, *args, **kwargs)
+
+
+@pytest.mark.parametrize(("op", "args", "kwargs"), REDUCES, ids=_name)
+def test_scatter_reduces(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    check(op, *args, **kwargs)
+
+
+@pytest.mark.parametrize(("op", "args", "kwargs"), INDEX_REDUCES, ids=_name)
+def test_index_reduces(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    check(op, *args, oracle="difference", **kwargs)
+
+
+@pytest.mark.parametrize("reduce", ["amax", "amin"])
+def test_ties_of_a_scatter_are_shared_as_in_torch(reduce: str) -> None:
+    index, src = _i([0, 0, 1], [2, 2, 2]), TIES.clone()
+    check(aten.scatter_reduce.two, TIES, 1, index, src, reduce, second=False)
+
+
+BAGS = (_i(1, 2, 2, 0, 1), _i(0, 2, 2))
+
+
+@pytest.mark.parametrize(
+    "op", [aten._embedding_bag.default, aten._embedding_bag_forward_only.default]
+)
+@pytest.mark.parametrize("mode", [0, 1, 2])
+@pytest.mark.parametrize("padding", [-1, 2])
+def test_embedding_bags_with_an_empty_bag(op: Any, mode: int, padding: int) -> None:
+    args = (X, *BAGS, False, mode, False, None, False, padding)
+    check(op, *args, oracle="difference")
+
+
+def test_weighted_embedding_bag() -> None:
+    args = (X, *BAGS, False, 0, False, _t(5, seed=4))
+    check(aten._embedding_bag.default, *args, oracle="difference", wrt=(0, 3))
+
+
+def test_products_are_refused_with_a_way_out() -> None:
+    with pytest.raises(fwdcompile.RuleError, match="prod"):
+        fwdcompile.jvp(lambda x: x.scatter_reduce(1, COLUMNS, x, "prod"), (X,), (Y,))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_tangent_has_its_primals_dtype(dtype: torch.dtype) -> None:
+    x = X.to(dtype)
+    for op, args in (
+        (aten.scatter.value, (x, 1, COLUMNS, 3.0)),
+        (aten.embedding.default, (x, ROWS)),
+    ):
+        _, dots = jvp_by_rule(op, args, {}, {0: x})
+        assert dots[0] is not None
+        assert dots[0].dtype == dtype
+
+
+def test_every_row_has_a_sample() -> None:
+    tested = {op for op, _, _ in READS + WRITES + REDUCES + INDEX_REDUCES}
+    tested |= {aten._embedding_bag.default, aten._embedding_bag_forward_only.default}
+    assert {op for op, row in table.items() if row.where.startswith("rules/indexing.py")} == tested
