@@ -5,23 +5,32 @@ from __future__ import annotations
 __version__ = "0.1.0"
 
 from . import rule
+from .directions import Directions, Normal, Rademacher
 from .errors import (
     CaptureError,
     FwdcompileError,
+    LossError,
     MissingRuleError,
     NonFiniteError,
     RuleError,
     TangentError,
 )
+from .fgd import FGD, ForwardGradient
 from .forward import Forward, Lowered, jvp, transform
 
 __all__ = [
+    "FGD",
     "CaptureError",
+    "Directions",
     "Forward",
+    "ForwardGradient",
     "FwdcompileError",
+    "LossError",
     "Lowered",
     "MissingRuleError",
     "NonFiniteError",
+    "Normal",
+    "Rademacher",
     "RuleError",
     "TangentError",
     "jvp",

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .capture import Model, input_leaves, named_state
+from .capture import Model, input_leaves, modules_of, named_state
 from .errors import TangentError
 from .program import Slot, is_differentiable
 
@@ -28,6 +28,16 @@ def call_values(model: Model, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
             raise TangentError(f"argument {name!r} has the name of a parameter; rename one of them")
         values[name] = leaf
     return values
+
+
+def state_homes(model: Model) -> dict[str, tuple[dict[str, Any], str]]:
+    """Where each parameter and buffer is kept: the dict of its module, and the key in it."""
+    homes: dict[str, tuple[dict[str, Any], str]] = {}
+    for root, module in modules_of(model).items():
+        for path, owner in module.named_modules(prefix=root, remove_duplicate=False):
+            for home in (owner._parameters, owner._buffers):
+                homes |= {f"{path}.{key}".lstrip("."): (home, key) for key in home}
+    return homes
 
 
 def tied_names(values: Mapping[str, Any]) -> dict[str, str]:

@@ -30,6 +30,7 @@ from torch.utils import _pytree as pytree
 
 from . import rule
 from .errors import CaptureError
+from .objective import Objective
 from .program import OutSpec, Program, Slot, identifier, op_name, rename
 
 Model = Callable[..., Any]
@@ -106,6 +107,10 @@ def modules_of(model: Model) -> dict[str, nn.Module]:
     """The modules a model consists of, by the prefix of their parameters' names."""
     if isinstance(model, nn.Module):
         return {"": model}
+    if isinstance(model, Objective):
+        loss = modules_of(model.loss_fn) if model.loss_fn else {}
+        prefixed = {f"loss_fn_{name}".rstrip("_"): module for name, module in loss.items()}
+        return modules_of(model.model) | prefixed
     found: dict[str, nn.Module] = {}
     if isinstance(owner := getattr(model, "__self__", None), nn.Module):
         found[""] = owner

@@ -6,6 +6,7 @@ import base64
 import io
 import linecache
 import math
+import sys
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -94,25 +95,27 @@ def emit(program: Program, passes: Sequence[str] = ()) -> str:
 
 
 def execute(
-    source: str, filename: str, constants: Mapping[str, Tensor] | None = None
+    source: str, name: str, constants: Mapping[str, Tensor] | None = None
 ) -> types.ModuleType:
-    """Runs generated source as a module of its own, visible to tracebacks and the debugger.
+    """Runs generated source as a module of its own, known to tracebacks, debuggers and dynamo.
 
     Args:
         source: text made by `emit`, edited or not.
-        filename: what tracebacks call it.
+        name: of the module; it stays in `sys.modules` until the caller takes it out.
         constants: live tensors that take the place of the constants in the text.
 
     Raises:
         FwdcompileError: the text is no generated program.
     """
-    module = types.ModuleType(filename)
-    module.__file__ = filename
-    linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
-    exec(compile(source, filename, "exec"), module.__dict__)
-    if missing := [n for n in ("forward", "INPUTS", "OUTPUTS", "STRUCTURE") if not hasattr(module, n)]:
-        raise FwdcompileError(f"{filename} is no generated program: it defines no {missing[0]}")
+    module = types.ModuleType(name)
+    module.__file__ = f"<{name}>"
+    linecache.cache[module.__file__] = (len(source), None, source.splitlines(True), module.__file__)
+    exec(compile(source, module.__file__, "exec"), module.__dict__)
+    expected = ("forward", "INPUTS", "OUTPUTS", "STRUCTURE")
+    if missing := [entry for entry in expected if not hasattr(module, entry)]:
+        raise FwdcompileError(f"{name} is no generated program: it defines no {missing[0]}")
     module.__dict__.update(constants or {})
+    sys.modules[name] = module
     return module
 
 

@@ -25,3 +25,7 @@ class TangentError(FwdcompileError, ValueError):
 
 class NonFiniteError(FwdcompileError, ArithmeticError):
     """The loss or its directional derivative is infinite or not a number."""
+
+
+class LossError(FwdcompileError, ValueError):
+    """An objective does not return one floating-point tensor of no dimensions."""

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import functools
+import itertools
+import sys
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -246,13 +249,18 @@ class Forward:
         self, program: Program, nestable: Program, stages: dict[str, fx.Graph]
     ) -> Lowered:
         code = emit(program, self.passes)
-        live = {n.name: program.constants[s.name] for n, s in program.placeholders()
-                if s.kind == "constant"}
-        module = execute(code, f"<fwdcompile {program.title} #{len(self._cache)}>", live)
-        function = module.forward
+        constants = ((n.name, s) for n, s in program.placeholders() if s.kind == "constant")
+        live = {name: program.constants[slot.name] for name, slot in constants}
+        name = f"fwdcompile_generated_{next(_numbers)}"
+        function = execute(code, name, live).forward
         if self.compile:
             function = torch.compile(function, fullgraph=True, dynamic=False, mode=self.mode)
-        return Lowered(program, nestable, stages, code, function)
+        lowered = Lowered(program, nestable, stages, code, function)
+        weakref.finalize(lowered, sys.modules.pop, name, None)
+        return lowered
+
+
+_numbers = itertools.count()
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,128 @@
+"""Directions: the random vectors v along which a forward gradient is taken.
+
+A direction needs zero mean and identity covariance, no more: that makes the forward gradient
+unbiased (section 3.2 of Baydin et al. 2022). The numbers are a pure function of seed, step,
+sample, parameter and element: a hash of counters in 32-bit integer ops, which a compiler fuses
+into whatever reads them, and which is the same eager and compiled, on CPU and GPU.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_WORD = 2**32
+
+
+@dataclass(frozen=True)
+class Directions(ABC):
+    """A distribution of directions; its components are independent and of unit variance."""
+
+    @abstractmethod
+    def draw(
+        self, shape: Sequence[int], *, key: Tensor, parameter: int, dtype: torch.dtype
+    ) -> Tensor:
+        """Draws the direction of one parameter.
+
+        Args:
+            shape: of the parameter.
+            key: from `stream_key`, on the device of the parameter.
+            parameter: the number of the parameter in the model.
+            dtype: a floating dtype, that of the parameter.
+
+        Returns:
+            A tensor of that shape and dtype on the key's device; equal arguments, equal numbers.
+
+        Example:
+            >>> key = stream_key(torch.tensor(0), torch.tensor(0))
+            >>> Normal().draw((3, 2), key=key, parameter=0, dtype=torch.float32)
+        """
+
+
+@dataclass(frozen=True)
+class Normal(Directions):
+    """Standard normal components, the paper's choice (section 3.4)."""
+
+    def draw(
+        self, shape: Sequence[int], *, key: Tensor, parameter: int, dtype: torch.dtype
+    ) -> Tensor:
+        """Box and Muller's transform: a pair of words gives a pair of normals."""
+        count = math.prod(shape)
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        words = _words(key, parameter, (count + 1) // 2)
+        radius = torch.sqrt(-2 * torch.log(_uniform(words, wide)))
+        angle = _mix(words ^ _signed(0x5BF03635)).to(wide) * (2 * math.pi / _WORD)
+        pair = torch.cat([radius * torch.cos(angle), radius * torch.sin(angle)])
+        return pair[:count].view(tuple(shape)).to(dtype)
+
+
+@dataclass(frozen=True)
+class Rademacher(Directions):
+    """Signs: 1 or -1 with equal probability, the least variance of all independent components."""
+
+    def draw(
+        self, shape: Sequence[int], *, key: Tensor, parameter: int, dtype: torch.dtype
+    ) -> Tensor:
+        """The sign of one hashed word for each element."""
+        words = _words(key, parameter, math.prod(shape))
+        return ((words >> 31) | 1).to(dtype).view(tuple(shape))
+
+
+def stream_key(seed: Tensor, step: Tensor, sample: int = 0) -> Tensor:
+    """The key of all directions of one step and sample.
+
+    Args:
+        seed: int64 tensor of no dimensions.
+        step: int64 tensor of no dimensions, the iteration.
+        sample: the number of the direction within the step.
+
+    Returns:
+        An int32 tensor of two words on the seed's device.
+    """
+    key = torch.arange(2, dtype=torch.int32, device=seed.device) + _signed(0x243F6A88)
+    for number in (seed, seed >> 32, step, step >> 32, torch.full_like(seed, sample)):
+        word = (number & 0xFFFFFFFF).to(torch.int32)
+        key = _mix(key * _signed(0x9E3779B1) ^ word)
+    return key
+
+
+def _words(key: Tensor, parameter: int, count: int) -> Tensor:
+    """One hashed 32-bit word for each element: a keyed permutation of the element's number."""
+    own = _mix(key ^ _signed((parameter + 1) * 0x632BE5AB))
+    index = torch.arange(min(count, _WORD // 2), dtype=torch.int32, device=key.device)
+    words = _mix(_mix(index ^ own[0]) + own[1])
+    rest = count - words.numel()
+    if rest:
+        more = _words(own, parameter, rest)
+        words = torch.cat([words, more])
+    return words
+
+
+def _mix(x: Tensor) -> Tensor:
+    """Scrambles 32-bit words one to one; a change of one input bit changes half of the output."""
+    x = (x ^ _shift(x, 16)) * _signed(0x7FEB352D)
+    x = (x ^ _shift(x, 15)) * _signed(0x846CA68B)
+    return x ^ _shift(x, 16)
+
+
+def _shift(x: Tensor, bits: int) -> Tensor:
+    """Shifts right and fills with zeros; torch's own shift copies the sign bit."""
+    return (x >> bits) & ((1 << (32 - bits)) - 1)
+
+
+def _signed(word: int) -> int:
+    """A 32-bit word as the signed number that int32 holds."""
+    word %= _WORD
+    return word - _WORD if word >= _WORD // 2 else word
+
+
+def _uniform(words: Tensor, dtype: torch.dtype) -> Tensor:
+    """Numbers in (0, 1], never 0: 32 bits in float64, the 24 that float32 holds otherwise."""
+    if dtype == torch.float64:
+        return (words.to(dtype) + (_WORD // 2 + 0.5)) / _WORD
+    return (_shift(words, 8).to(dtype) + 0.5) * 2**-24
