@@ -55,6 +55,10 @@ class Rule:
 
 table: dict[OpOverload, Rule] = {}
 
+# Ops with a row that capture takes apart all the same, where the function has an answer for the
+# call; it returns NotImplemented to leave the op whole.
+lowerings: dict[OpOverload, Callable[..., Any]] = {}
+
 
 def linear(op: OpOverload, wrt: str | tuple[str, ...]) -> None:
     """Declares `op` jointly linear in the arguments `wrt`: out_dot is op of their tangents.

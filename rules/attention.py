@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import RuleError
-from ..rule import joint
+from ..rule import joint, lowerings
 from .linalg import Call
 
 aten = torch.ops.aten
@@ -38,7 +38,7 @@ def attention(
 ) -> Tensor:  # fmt: skip
     """With P = softmax(S) and out = P v: out_dot = (P S_dot) v - sum(P S_dot) out + P v_dot."""
     if dropout_p:
-        raise RuleError("attention hides its dropout mask; use dropout_p=0.0, or nn.Dropout")
+        raise RuleError("the op hides its dropout mask; capture takes it apart, so do that first")
     if d.keys() == {"value"}:
         return call(value=d["value"])
     if enable_gqa:
@@ -56,3 +56,20 @@ def attention(
     weighted = weights * sum(slopes[1:], slopes[0])
     by_scores = weighted @ value - weighted.sum(-1, keepdim=True) * out
     return by_scores + weights @ d["value"] if "value" in d else by_scores
+
+
+def _with_dropout(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, dropout_p: float = 0.0,
+    is_causal: bool = False, *, scale: float | None = None, enable_gqa: bool = False,
+) -> Any:  # fmt: skip
+    """Takes attention apart as torch does on the CPU, so that the tangent sees the mask."""
+    if dropout_p == 0:
+        return NotImplemented
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        attn_mask = query.new_zeros(()).where(attn_mask, -math.inf)
+    return aten._scaled_dot_product_attention_math(
+        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+    )[0]
+
+
+lowerings[aten.scaled_dot_product_attention.default] = _with_dropout

@@ -29,7 +29,6 @@ zero(
     aten.randint_like.low_dtype,
     aten.randn_like.default,
     aten.random.default,
-    getattr(aten.random, "from"),
     aten.random.to,
     aten.uniform.default,
 )
