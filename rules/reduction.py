@@ -8,166 +8,242 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import RuleError
 from ..rule import jvp, linear
 
 aten = torch.ops.aten
-Dims = Any
+Dims = list[int] | int | None
 
 for _op in (
     aten.sum.default,
     aten.sum.dim_IntList,
     aten.mean.default,
     aten.mean.dim,
-    aten.cumsum.default,
     aten.trace.default,
+    aten.cumsum.default,
 ):
     linear(_op, wrt="self")
-for _op in (aten.nansum.default,):
-    jvp(_op, self=lambda d, self, call: call(self=torch.where(torch.isnan(self), 0.0, d)))
+
+jvp(aten.nansum.default, self=lambda d, self, call: call(self=d.masked_fill(self.isnan(), 0)))
 
 
-def _count(self: Tensor, dim: Dims) -> int:
-    dims = range(self.ndim) if not dim and dim != 0 else [dim] if isinstance(dim, int) else dim
-    return math.prod(self.shape[i] for i in dims)
+def _dims(dim: Dims, ndim: int) -> set[int]:
+    """The reduced dimensions; none given, or an empty list, means all of them."""
+    if isinstance(dim, int):
+        dim = [dim]
+    return {i % ndim for i in dim or range(ndim)} if ndim else set()
 
 
-# Moments.
-def _var_dot(d: Tensor, self: Tensor, dim: Dims, correction: Any, keepdim: bool) -> Tensor:
-    degrees = _count(self, dim) - (1 if correction is None else correction)
-    dims = list(range(self.ndim)) if dim is None else dim
-    centred = self - self.mean(dims, keepdim=True)
-    return (centred * d).sum(dims, keepdim=keepdim) * (2 / degrees if degrees > 0 else math.nan)
-
-
-def _std_dot(d: Tensor, self: Tensor, dim: Dims, correction: Any, keepdim: bool, out: Tensor) -> Any:
-    return _var_dot(d, self, dim, correction, keepdim) / (2 * out)
-
-
-jvp(aten.var.correction, self=_var_dot)
-jvp(aten.std.correction, self=_std_dot)
-jvp(
-    aten.var_mean.correction,
-    self=lambda d, self, dim, correction, keepdim: (
-        _var_dot(d, self, dim, correction, keepdim),
-        d.mean(list(range(self.ndim)) if dim is None else dim, keepdim=keepdim),
-    ),
-)
-jvp(
-    aten.std_mean.correction,
-    self=lambda d, self, dim, correction, keepdim, out: (
-        _std_dot(d, self, dim, correction, keepdim, out[0]),
-        d.mean(list(range(self.ndim)) if dim is None else dim, keepdim=keepdim),
-    ),
-)
-
-
-# Products, as a tree of dual numbers: right where factors are zero, to every order.
-def _prod_dot(d: Tensor, self: Tensor, dim: int) -> Tensor:
-    x, x_dot = self.movedim(dim, 0), d.movedim(dim, 0)
-    if x.shape[0] == 0:
-        return torch.zeros_like(x.sum(0))
-    while (n := x.shape[0]) > 1:
-        left, right, rest = x[0 : n - 1 : 2], x[1:n:2], slice(n - n % 2, n)
-        left_dot, right_dot = x_dot[0 : n - 1 : 2], x_dot[1:n:2]
-        pair, pair_dot = left * right, left_dot * right + left * right_dot
-        x = torch.cat([pair, x[rest]]) if n % 2 else pair
-        x_dot = torch.cat([pair_dot, x_dot[rest]]) if n % 2 else pair_dot
-    return x_dot[0]
-
-
-def _cumprod_dot(d: Tensor, self: Tensor, dim: int) -> Tensor:
-    if self.ndim == 0 or self.shape[dim] == 0:
-        return d
-    x, x_dot, step = self.movedim(dim, 0), d.movedim(dim, 0), 1
-    while step < x.shape[0]:
-        before, before_dot, here, here_dot = x[:-step], x_dot[:-step], x[step:], x_dot[step:]
-        moved = before_dot * here + before * here_dot
-        x, x_dot = torch.cat([x[:step], before * here]), torch.cat([x_dot[:step], moved])
-        step *= 2
-    return x_dot.movedim(0, dim)
-
-
-jvp(aten.prod.default, self=lambda d, self: _prod_dot(d.reshape(-1), self.reshape(-1), 0))
-jvp(
-    aten.prod.dim_int,
-    self=lambda d, self, dim, keepdim: (
-        _prod_dot(d, self, dim).unsqueeze(dim) if keepdim else _prod_dot(d, self, dim)
-    ) if self.ndim else d,
-)  # fmt: skip
-jvp(aten.cumprod.default, self=_cumprod_dot)
-
-
-# Norms; at a zero vector the derivative is zero, as in torch.
-def _kept(out: Tensor, dim: Dims, keepdim: bool, ndim: int) -> Tensor:
+def _kept(out: Tensor, dim: Dims, keepdim: bool, like: Tensor) -> Tensor:
     """`out` with the reduced dimensions still there, of size one."""
-    if keepdim or ndim == 0:
+    if keepdim:
         return out
-    dims = range(ndim) if dim is None or dim == [] else [dim] if isinstance(dim, int) else dim
-    for i in sorted(i % ndim for i in dims):
+    for i in sorted(_dims(dim, like.ndim)):
         out = out.unsqueeze(i)
     return out
 
 
-def _share(d: Tensor, wins: Tensor, dim: Dims, keepdim: bool) -> Tensor:
-    """The mean of d over the elements that win."""
-    dims = list(range(d.ndim)) if dim is None or dim == [] else dim
-    chosen = torch.where(wins, d, 0.0).sum(dims, keepdim=keepdim)
-    return chosen / wins.sum(dims, keepdim=keepdim)
-
-
-def _norm_dot(d: Tensor, self: Tensor, ord: float, dim: Dims, keepdim: bool, out: Tensor) -> Any:
-    if ord == 0:
-        return None
-    if math.isinf(ord):
-        size = torch.abs(self)
-        wins = size == _kept(out, dim, keepdim, self.ndim)
-        return _share(d * torch.sgn(self), wins, dim, keepdim)
-    dims = list(range(self.ndim)) if dim is None else dim
-    if ord == 1:
-        return (d * torch.sgn(self)).sum(dims, keepdim=keepdim)
-    slope = self if ord == 2 else torch.sgn(self) * torch.abs(self) ** (ord - 1)
-    total = (slope * d).sum(dims, keepdim=keepdim)
-    return torch.where(out == 0, 0.0, total / (out if ord == 2 else out ** (ord - 1)))
-
-
-jvp(aten.linalg_vector_norm.default, self=_norm_dot)
-jvp(
-    aten.logsumexp.default,
-    self=lambda d, self, dim, keepdim, out: (
-        torch.exp(self - _kept(out, dim, keepdim, self.ndim)) * d
-    ).sum(dim, keepdim=keepdim),
-)
+def _total(x: Tensor, dim: Dims, keepdim: bool) -> Tensor:
+    return x.sum() if dim is None and not keepdim else x.sum(dim, keepdim)
 
 
 # Extrema without an index share the derivative among ties; those with an index take its element.
+def _share(d: Tensor, wins: Tensor, dim: Dims = None, keepdim: bool = False) -> Tensor:
+    """The mean of d over the elements that win."""
+    return _total(d * wins, dim, keepdim) / _total(wins, dim, keepdim)
+
+
+def _extremum(d: Tensor, self: Tensor, dim: Dims, keepdim: bool, out: Tensor) -> Tensor:
+    return _share(d, self == _kept(out, dim, keepdim, self), dim, keepdim)
+
+
 for _op in (aten.amax.default, aten.amin.default):
-    jvp(
-        _op,
-        self=lambda d, self, dim, keepdim, out: _share(
-            d, self == _kept(out, dim, keepdim, self.ndim), dim, keepdim
-        ),
-    )
-for _op in (aten.max.default, aten.min.default, aten.median.default):
-    jvp(_op, self=lambda d, self, out: _share(d, self == out, None, False))
+    jvp(_op, self=_extremum)
+for _op in (
+    aten.max.default,
+    aten.min.default,
+    aten.median.default,
+    aten.nanmedian.default,
+):
+    jvp(_op, self=lambda d, self, out: _share(d, self == out))
 
 
-def _picked(d: Tensor, indices: Tensor, dim: int, keepdim: bool) -> Tensor:
+def _picked(d: Tensor, dim: int, keepdim: bool, out: tuple[Tensor, Tensor]) -> Any:
     if d.ndim == 0:
-        return d
+        return d, None
     if keepdim:
-        return d.gather(dim, indices)
-    return d.gather(dim, indices.unsqueeze(dim)).squeeze(dim)
+        return d.gather(dim, out[1]), None
+    return d.gather(dim, out[1].unsqueeze(dim)).squeeze(dim), None
 
 
 for _op in (
     aten.max.dim,
     aten.min.dim,
-    aten.kthvalue.default,
     aten.median.dim,
     aten.nanmedian.dim,
+    aten.kthvalue.default,
     aten.mode.default,
 ):
-    jvp(_op, self=lambda d, dim, keepdim, out: (_picked(d, out[1], dim, keepdim), None))
-for _op in (aten.sort.default, aten.sort.stable, aten.topk.default, aten.cummax.default,
-            aten.cummin.default):  # fmt: skip
-    jvp(_op, self=lambda d, dim, out: (_picked(d, out[1], dim, True), None))
+    jvp(_op, self=_picked)
+for _op in (
+    aten.sort.default,
+    aten.sort.stable,
+    aten.topk.default,
+    aten.cummax.default,
+    aten.cummin.default,
+):
+    jvp(_op, self=lambda d, dim, out: (d.gather(dim, out[1]), None))
+
+
+# Moments. The mean moves too, but deviations from it sum to zero, so its tangent drops out.
+def _var(
+    d: Tensor, self: Tensor, mean: Tensor, dim: Dims, correction: float | None, keepdim: bool
+) -> Tensor:
+    if self.is_complex():
+        raise RuleError("the variance of a complex tensor has no row; use its real and imag parts")
+    size = math.prod(self.shape[i] for i in _dims(dim, self.ndim))
+    freedom = size - (1 if correction is None else correction)
+    total = _total((self - mean) * d, dim, keepdim)
+    return total * (2 / freedom if freedom > 0 else math.nan)
+
+
+def _deviation(var_dot: Tensor, std: Tensor) -> Tensor:
+    """Half the variance's tangent over the deviation; zero where that is zero, as in torch."""
+    return (var_dot / (2 * std)).masked_fill(std == 0, 0)
+
+
+def _var_alone(
+    d: Tensor, self: Tensor, dim: Dims, correction: float | None, keepdim: bool
+) -> Tensor:
+    return _var(d, self, self.mean(dim, keepdim=True), dim, correction, keepdim)
+
+
+def _var_mean(
+    d: Tensor,
+    self: Tensor,
+    dim: Dims,
+    correction: float | None,
+    keepdim: bool,
+    out: tuple[Tensor, Tensor],
+) -> tuple[Tensor, Tensor]:
+    mean = _kept(out[1], dim, keepdim, self)
+    return _var(d, self, mean, dim, correction, keepdim), d.mean(dim, keepdim)
+
+
+def _std_mean(
+    d: Tensor,
+    self: Tensor,
+    dim: Dims,
+    correction: float | None,
+    keepdim: bool,
+    out: tuple[Tensor, Tensor],
+) -> tuple[Tensor, Tensor]:
+    var_dot, mean_dot = _var_mean(d, self, dim, correction, keepdim, out)
+    return _deviation(var_dot, out[0]), mean_dot
+
+
+jvp(aten.var.correction, self=_var_alone)
+jvp(
+    aten.std.correction,
+    self=lambda d, self, dim, correction, keepdim, out: _deviation(
+        _var_alone(d, self, dim, correction, keepdim), out
+    ),
+)
+jvp(aten.var_mean.correction, self=_var_mean)
+jvp(aten.std_mean.correction, self=_std_mean)
+
+
+# Norms and log-sum-exp.
+def norm_dot(
+    d: Tensor, x: Tensor, p: float, out: Tensor, dim: Dims = None, keepdim: bool = False
+) -> Tensor:
+    """The tangent of the p-norm `out` of x; where the norm is zero, so is its tangent."""
+    if x.is_complex():
+        raise RuleError("the norm of a complex tensor has no row; take the norm of x.abs()")
+    if p == 0:
+        return torch.zeros_like(out)
+    if p == 1:
+        return _total(x.sign() * d, dim, keepdim)
+    if math.isinf(p):
+        wins = x.abs() == _kept(out, dim, keepdim, x)
+        return _share(x.sign() * d, wins, dim, keepdim)
+    if p == 2:
+        slope, scale = x, out
+    else:
+        slope, scale = x.sign() * x.abs().pow(p - 1), out.pow(p - 1)
+        slope = slope.masked_fill(x == 0, 0)
+    return (_total(slope * d, dim, keepdim) / scale).masked_fill(out == 0, 0)
+
+
+jvp(
+    aten.linalg_vector_norm.default,
+    self=lambda d, self, ord, dim, keepdim, out: norm_dot(d, self, ord, out, dim, keepdim),
+)
+jvp(
+    aten.dist.default,
+    self=lambda d, self, other, p, out: norm_dot(d, self - other, p, out),
+    other=lambda d, self, other, p, out: -norm_dot(d, self - other, p, out),
+)
+
+
+def _logsumexp(d: Tensor, self: Tensor, dim: Dims, keepdim: bool, out: Tensor) -> Tensor:
+    finite = out.masked_fill(out.abs() == math.inf, 0)
+    weights = (self - _kept(finite, dim, keepdim, self)).exp()
+    return _total(weights * d, dim, keepdim)
+
+
+jvp(aten.logsumexp.default, self=_logsumexp)
+
+
+# Scans and products, right where factors are zero, to every order.
+def _shift(x: Tensor, dim: int, by: int, fill: float) -> Tensor:
+    """Moves elements `by` places up along `dim`, which is not negative; `fill` comes in below."""
+    return aten.constant_pad_nd(x, [0, 0] * (x.ndim - 1 - dim) + [by, -by], fill)
+
+
+def _recurrence(a: Tensor, b: Tensor, dim: int) -> Tensor:
+    """Solves y[i] = a[i] * y[i - 1] + b[i] along `dim` from y[-1] = 0, by log2(n) doublings."""
+    step = 1
+    while step < b.shape[dim]:
+        b = b + a * _shift(b, dim, step, 0)
+        a = a * _shift(a, dim, step, 0)
+        step *= 2
+    return b
+
+
+def _cumprod(d: Tensor, self: Tensor, dim: int, out: Tensor) -> Tensor:
+    if d.numel() == 0 or d.ndim == 0:
+        return d
+    dim %= d.ndim
+    return _recurrence(self.to(out.dtype), d * _shift(out, dim, 1, 1), dim)
+
+
+def _logcumsumexp(d: Tensor, self: Tensor, dim: int, out: Tensor) -> Tensor:
+    """Neither exp(self[i] - out[i]) nor exp(out[i - 1] - out[i]) exceeds 1: nothing overflows."""
+    if d.numel() == 0 or d.ndim == 0:
+        return d
+    dim %= d.ndim
+    finite = out.masked_fill(out.abs() == math.inf, 0)
+    decay = (_shift(out, dim, 1, -math.inf) - finite).exp()
+    return _recurrence(decay, d * (self - finite).exp(), dim)
+
+
+def _prod(d: Tensor, self: Tensor, dim: int) -> Tensor:
+    """Each element's tangent times the product of all before it and of all behind it."""
+    if d.numel() == 0 or d.ndim == 0:
+        return d.sum([dim]) if d.ndim else d
+    dim %= d.ndim
+    before = _shift(self.cumprod(dim), dim, 1, 1)
+    behind = _shift(self.flip(dim).cumprod(dim), dim, 1, 1).flip(dim)
+    return (d * before * behind).sum([dim])
+
+
+def _prod_dim(d: Tensor, self: Tensor, dim: int, keepdim: bool) -> Tensor:
+    total = _prod(d, self, dim)
+    return total.unsqueeze(dim) if keepdim and d.ndim else total
+
+
+jvp(aten.cumprod.default, self=_cumprod)
+jvp(aten.logcumsumexp.default, self=_logcumsumexp)
+jvp(aten.prod.default, self=lambda d, self: _prod(d.reshape(-1), self.reshape(-1), 0))
+jvp(aten.prod.dim_int, self=_prod_dim)
