@@ -23,7 +23,6 @@ from torch.export.graph_signature import (
     InputKind,
     InputSpec,
     OutputKind,
-    OutputSpec,
 )
 from torch.fx.proxy import TracerBase
 from torch.utils import _pytree as pytree
@@ -98,6 +97,7 @@ class Root(nn.Module):
         return self._called[0]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls the model and registers dataclasses that it returns."""
         out = self.model(*args, **kwargs)
         register_dataclasses(out)
         return out
@@ -140,7 +140,8 @@ def input_leaves(
     leaves, _ = pytree.tree_flatten_with_path((tuple(args), dict(kwargs)))
     named = []
     for path, leaf in leaves:
-        first = positional[path[1].idx] if path[0].idx == 0 else path[1].key
+        group, place = (_step(key) for key in path[:2])
+        first = positional[place] if group == 0 else place
         named.append((_dotted(first, path[2:]), leaf))
     return named
 
@@ -171,8 +172,12 @@ def _positional_names(model: Model, count: int) -> list[str]:
 
 
 def _dotted(first: str, path: Sequence[Any]) -> str:
-    steps = [getattr(key, "key", getattr(key, "idx", getattr(key, "name", "?"))) for key in path]
-    return ".".join([first, *map(str, steps)])
+    return ".".join([first, *(str(_step(key)) for key in path)])
+
+
+def _step(key: Any) -> Any:
+    """The index, dict key or field name that one entry of a pytree path holds."""
+    return next(getattr(key, name) for name in ("idx", "key", "name") if hasattr(key, name))
 
 
 def _export(root: Root, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ExportedProgram:
@@ -186,8 +191,11 @@ def _export(root: Root, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Export
             exported = torch.export.export(root, args, kwargs, strict=False)
             lowering = default_decompositions()
             for op in rule.table:
-                lowering.pop(op, None)
-            return exported.run_decompositions(lowering)
+                lowering.pop(op, None)  # type: ignore[no-untyped-call]
+            for op, lower in rule.lowerings.items():
+                lowering[op] = lower
+            lowered: ExportedProgram = exported.run_decompositions(lowering)
+            return lowered
     except CaptureError:
         raise
     except Exception as error:
@@ -240,7 +248,7 @@ def _explain(error: Exception) -> str:
 
 def _program(exported: ExportedProgram, root: Root, paths: list[str]) -> Program:
     graph = fx.Graph()
-    results = graph.graph_copy(exported.graph, {})
+    results: Any = graph.graph_copy(exported.graph, {})
     for node in graph.nodes:
         _mark_source(node)
     aliases = _aliases(root.model)
@@ -302,8 +310,8 @@ def _inputs(
         if not isinstance(spec.arg, ConstantArgument) and slot not in inputs:
             inputs[slot] = node
             continue
-        twin = inputs[slot] if slot in inputs else spec.arg.value
-        node.replace_all_uses_with(twin)
+        constant = getattr(spec.arg, "value", None)
+        node.replace_all_uses_with(inputs.get(slot, constant))
         graph.erase_node(node)
     return inputs
 

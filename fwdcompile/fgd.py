@@ -141,7 +141,7 @@ class _Stepper:
         plan, leaves = self._plan(inputs, kwargs)
         tensors = plan.tensors(leaves)
         if self._mode == "reduce-overhead":
-            torch.compiler.cudagraph_mark_step_begin()
+            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
         loss, finite, *rest = plan.run(tensors, self._seed, self._step, *extra)
         if self.nonfinite == "raise" and not finite:
             raise NonFiniteError(
@@ -297,7 +297,7 @@ class ForwardGradient(_Stepper):
                 home, key = plan.state[name]
                 parameter = home[key]
                 parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
-        return loss
+        return loss  # type: ignore[no-any-return]
 
     def _body(self, lowered: Lowered) -> Callable[..., Any]:
         def gradient(tensors: Any, seed: Tensor, count: Tensor) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import itertools
 import sys
 import weakref
@@ -16,7 +17,6 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from . import rules  # noqa: F401  (importing fills the table)
 from .binding import (
     Tangents,
     arrange,
@@ -117,7 +117,8 @@ class Forward:
         values = call_values(self.base, args, kwargs)
         tied = tied_names(values)
         several = not isinstance(tangents, Mapping)
-        dots = [check_tangents(t, values, tied) for t in (tangents if several else [tangents])]
+        each = [tangents] if isinstance(tangents, Mapping) else list(tangents)
+        dots = [check_tangents(one, values, tied) for one in each]
         if any(set(other) != set(dots[0]) for other in dots):
             raise TangentError("all directions need tangents of the same names")
         levels = self._inner_levels(inner, dots, values, tied)
@@ -125,7 +126,7 @@ class Forward:
         for level, inner_dots in enumerate(levels, 1):
             values |= {f"{name}{_suffix(level)}": dot for name, dot in inner_dots.items()}
         if self.mode == "reduce-overhead":
-            torch.compiler.cudagraph_mark_step_begin()
+            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
         outs = lowered.function(*arrange(lowered.program.inputs, values, dots))
         store(lowered.program.outputs, outs, values)
         return results(lowered.program, outs, len(dots) if several else None)
@@ -213,7 +214,9 @@ class Forward:
             raise TangentError(f"inner needs tangents for {count} inner transforms")
         return [check_tangents(level, values, tied) for level in levels]
 
-    def _lowered(self, args: Sequence[Any], kwargs: Mapping[str, Any], request: _Request) -> Lowered:
+    def _lowered(
+        self, args: Sequence[Any], kwargs: Mapping[str, Any], request: _Request
+    ) -> Lowered:
         key = (self._state_key(), request, *_inputs_key(args, kwargs))
         if key not in self._cache:
             self._cache[key] = self._lower(args, kwargs, request)
@@ -260,6 +263,8 @@ class Forward:
         return lowered
 
 
+importlib.import_module("fwdcompile.rules")  # fills the table
+
 _numbers = itertools.count()
 
 
@@ -298,8 +303,8 @@ def results(program: Program, outs: Sequence[Any], directions: int | None) -> tu
             dots[slot.direction][slot.name] = out
     leaves = tuple((named, name if named else None) for named, name in program.out_spec.leaves)
     tangent_spec = OutSpec(program.out_spec.tree, leaves)
-    names = [name for named, name in leaves if named]
-    built = [tangent_spec.build({name: dot.get(name) for name in names}) for dot in dots]
+    nothing = dict.fromkeys(outputs)
+    built = [tangent_spec.build(nothing | dot) for dot in dots]
     return program.out_spec.build(outputs), built[0] if directions is None else tuple(built)
 
 

@@ -89,7 +89,12 @@ def draw(graph: nx.DiGraph[str], path: str | Path) -> None:
     for name, spot in rows.items():
         role = graph.nodes[name]["role"]
         label = f"{name}  {list(graph.nodes[name]['shape'])}"
-        box = {"boxstyle": "round,pad=0.25", "fc": colours.get(role, "#ffffff"), "ec": "0.6", "lw": 0.5}
+        box = {
+            "boxstyle": "round,pad=0.25",
+            "fc": colours.get(role, "#ffffff"),
+            "ec": "0.6",
+            "lw": 0.5,
+        }
         axes.text(*spot, label, ha="center", va="center", fontsize=6, bbox=box)
     axes.set_xlim(-0.8, 2.8)
     axes.set_ylim(height, -1.5)

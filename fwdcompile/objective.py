@@ -35,6 +35,7 @@ class Objective:
             self.__signature__ = inspect.Signature(names)
 
     def __call__(self, *inputs: Any, **kwargs: Any) -> Any:
+        """The loss; the last positional argument is the target if there is a `loss_fn`."""
         if self.loss_fn is None:
             return self.model(*inputs, **kwargs)
         return self.loss_fn(self.model(*inputs[:-1], **kwargs), inputs[-1])

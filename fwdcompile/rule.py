@@ -115,9 +115,9 @@ def jvp(op: OpOverload, **terms: Term) -> None:
 
     Args:
         op: an operator overload.
-        terms: by argument name, `f(d, <arguments by name>, out, call)`. For an argument that is a list
-            of tensors, `d` is a list with None where an element has no tangent. For an op of
-            several outputs the term returns a tuple, with None where an output has no tangent.
+        terms: by argument name, `f(d, <arguments by name>, out, call)`. For an argument that is
+            a list of tensors, `d` is a list with None where an element has no tangent. For an op
+            of several outputs the term returns a tuple, None where an output has no tangent.
 
     Example:
         >>> jvp(torch.ops.aten.mul.Tensor, self=lambda d, other: d * other,
@@ -154,7 +154,7 @@ def not_implemented(op: OpOverload, reason: str) -> None:
 
 
 def parameters(term: Term) -> tuple[str, ...]:
-    """The parameters of a term that the engine fills, in order; one with a default is the term's own."""
+    """The parameters of a term that the engine fills: those without a default, in order."""
     signature = inspect.signature(term).parameters.values()
     return tuple(p.name for p in signature if p.default is inspect.Parameter.empty)
 

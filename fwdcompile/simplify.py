@@ -151,5 +151,3 @@ def _key(arg: Any) -> Any:
     if isinstance(arg, dict):
         return tuple((name, _key(item)) for name, item in sorted(arg.items()))
     return type(arg), repr(arg)
-
-

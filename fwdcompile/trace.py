@@ -18,14 +18,14 @@ from .errors import RuleError
 from .program import value
 
 
-class Recorder(TorchDispatchMode):
+class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Appends to `graph` every op that runs on fakes of its nodes.
 
     Ops in `keep` are recorded whole; other composite ops are recorded as what they consist of.
     """
 
     def __init__(self, graph: fx.Graph, fakes: FakeTensorMode, keep: Container[Any]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.graph = graph
         self.fakes = fakes
         self.keep = keep

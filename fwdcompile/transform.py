@@ -20,7 +20,17 @@ from torch.utils import _pytree as pytree
 
 from . import rule
 from .errors import MissingRuleError, RuleError, TangentError
-from .program import Kind, OutSpec, Program, Slot, is_differentiable, location, op_name, rename, value
+from .program import (
+    Kind,
+    OutSpec,
+    Program,
+    Slot,
+    is_differentiable,
+    location,
+    op_name,
+    rename,
+    value,
+)
 from .rule import Rule
 from .trace import Recorder, bind_call, fake_mode, unflatten_call
 
@@ -153,7 +163,7 @@ class _Transform:
         return node in self.dots
 
     def _site(self, node: fx.Node) -> _Site:
-        row = rule.table.get(node.target)  # type: ignore[arg-type]
+        row = rule.table.get(node.target)  # type: ignore[call-overload]
         if row is None or row.word == "not_implemented":
             raise MissingRuleError(_missing(node, row))
         copy = self.primals[node]
@@ -288,9 +298,11 @@ def _sum(terms: Sequence[Any]) -> Any:
         return None
     total = present[0]
     for term in present[1:]:
-        total = tuple(_sum(pair) for pair in zip(total, term, strict=True)) if isinstance(
-            term, tuple
-        ) else total + term
+        total = (
+            tuple(_sum(pair) for pair in zip(total, term, strict=True))
+            if isinstance(term, tuple)
+            else total + term
+        )
     return total
 
 

@@ -1,4 +1,4 @@
-"""Matrix products and linear layers."""
+"""Matrix products, linear layers and distances between rows."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import RuleError
 from ..rule import joint, jvp, multilinear
 from .elementwise import times
+from .reduction import norm_dot
 
 aten = torch.ops.aten
 Call = Callable[..., Any]
@@ -18,10 +20,29 @@ multilinear(aten.mm.default, wrt=("self", "mat2"))
 multilinear(aten.bmm.default, wrt=("self", "mat2"))
 multilinear(aten.mv.default, wrt=("self", "vec"))
 multilinear(aten.dot.default, wrt=("self", "tensor"))
-multilinear(aten.vdot.default, wrt=("self", "other"))
-multilinear(aten.matmul.default, wrt=("self", "other"))
-multilinear(aten.linalg_cross.default, wrt=("self", "other"))
+multilinear(aten.outer.default, wrt=("self", "vec2"))
+multilinear(aten.linalg_vecdot.default, wrt=("x", "y"))
 multilinear(aten._trilinear.default, wrt=("i1", "i2", "i3"))
+for _op in (
+    aten.matmul.default,
+    aten.vdot.default,
+    aten.inner.default,
+    aten.kron.default,
+    aten.tensordot.default,
+    aten.linalg_cross.default,
+):
+    multilinear(_op, wrt=("self", "other"))
+
+
+@joint(aten.einsum.default, aten.linalg_multi_dot.default, wrt=("tensors",))
+def _product(d: dict[str, list[Tensor | None]], tensors: list[Tensor], call: Call) -> Any:
+    """The product rule over a list of factors."""
+    terms = [
+        call(tensors=[*tensors[:i], dot, *tensors[i + 1 :]])
+        for i, dot in enumerate(d["tensors"])
+        if dot is not None
+    ]
+    return sum(terms[1:], start=terms[0])
 
 
 @joint(aten.linear.default, wrt=("input", "weight", "bias"))
@@ -30,7 +51,7 @@ def linear(d: dict[str, Tensor], call: Call) -> Tensor:
     return affine(d, d.get("bias"), call)
 
 
-def affine(d: dict[str, Tensor], bias_dot: Tensor | None, call: Call) -> Tensor:
+def affine(d: dict[str, Tensor], bias_dot: Tensor | None, call: Call) -> Any:
     """The tangent of product(input, weight) + bias, for every op with these three arguments."""
     rest = call(weight=d["weight"], bias=d.get("bias")) if "weight" in d else bias_dot
     if "input" not in d:
@@ -38,6 +59,14 @@ def affine(d: dict[str, Tensor], bias_dot: Tensor | None, call: Call) -> Tensor:
     by_input = call(input=d["input"], bias=None)
     return by_input if rest is None else by_input + rest
 
+
+jvp(
+    aten.bilinear.default,
+    input1=lambda d, call: call(input1=d, bias=None),
+    input2=lambda d, call: call(input2=d, bias=None),
+    weight=lambda d, call: call(weight=d, bias=None),
+    bias=lambda d: d,
+)
 
 # beta * self + alpha * product.
 jvp(
@@ -53,8 +82,76 @@ jvp(
     vec=lambda d, mat, alpha: times(mat @ d, alpha),
 )
 jvp(
+    aten.addr.default,
+    self=lambda d, beta: times(d, beta),
+    vec1=lambda d, vec2, alpha: times(torch.outer(d, vec2), alpha),
+    vec2=lambda d, vec1, alpha: times(torch.outer(vec1, d), alpha),
+)
+jvp(
     aten.baddbmm.default,
     self=lambda d, beta: times(d, beta),
     batch1=lambda d, batch2, alpha: times(torch.bmm(d, batch2), alpha),
     batch2=lambda d, batch1, alpha: times(torch.bmm(batch1, d), alpha),
 )
+jvp(
+    aten.addbmm.default,
+    self=lambda d, beta: times(d, beta),
+    batch1=lambda d, batch2, alpha: times(torch.bmm(d, batch2).sum(0), alpha),
+    batch2=lambda d, batch1, alpha: times(torch.bmm(batch1, d).sum(0), alpha),
+)
+
+
+def _cov(
+    d: Tensor,
+    self: Tensor,
+    correction: int,
+    fweights: Tensor | None,
+    aweights: Tensor | None,
+) -> Tensor:
+    if fweights is not None or aweights is not None:
+        raise RuleError("cov has no row for fweights and aweights; weight the columns by hand")
+    x, x_dot = (self, d) if self.ndim == 2 else (self.reshape(1, -1), d.reshape(1, -1))
+    freedom = x.shape[1] - correction
+    half = (x - x.mean(1, keepdim=True)) @ x_dot.mT / (freedom if freedom > 0 else float("nan"))
+    return half + half.mT if self.ndim == 2 else 2 * half.reshape([])
+
+
+jvp(aten.cov.default, self=_cov)
+
+
+# Distances between rows; where two coincide the tangent is zero.
+def _rows(x: Tensor) -> Tensor:
+    return x.unsqueeze(-2)
+
+
+def _columns(x: Tensor) -> Tensor:
+    return x.unsqueeze(-3)
+
+
+jvp(
+    aten._cdist_forward.default,
+    x1=lambda d, x1, x2, p, out: norm_dot(_rows(d), _rows(x1) - _columns(x2), p, out, -1),
+    x2=lambda d, x1, x2, p, out: norm_dot(-_columns(d), _rows(x1) - _columns(x2), p, out, -1),
+)
+
+
+def _euclidean(d: Tensor, x: Tensor, other: Tensor, out: Tensor) -> Tensor:
+    """The scalar product of d and x - other, by matrix products, over the distance."""
+    product = (d * x).sum(-1, keepdim=True) - d @ other.mT
+    return (product / out).masked_fill(out == 0, 0)
+
+
+jvp(
+    aten._euclidean_dist.default,
+    x1=lambda d, x1, x2, out: _euclidean(d, x1, x2, out),
+    x2=lambda d, x1, x2, out: _euclidean(d, x2, x1, out.mT).mT,
+)
+
+
+def _pdist(d: Tensor, self: Tensor, p: float, out: Tensor) -> Tensor:
+    size = self.shape[0]
+    first, second = torch.triu_indices(size, size, 1, device=self.device).unbind()
+    return norm_dot(d[first] - d[second], self[first] - self[second], p, out, -1)
+
+
+jvp(aten._pdist_forward.default, self=_pdist)

@@ -1,0 +1,44 @@
+# Two commands matter: `make demo` and `make test`. Both make .venv first if need be.
+# TORCH_ARGS is for pip when it installs torch, e.g.
+#   make test TORCH_ARGS="--index-url https://download.pytorch.org/whl/cpu"
+# for the small CPU build where the default index serves the CUDA build.
+PYTHON ?= python3
+TORCH_ARGS ?=
+BIN := .venv/bin
+WORKERS ?= 2
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: demo test test-all lint golden bench clean
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -c constraints.txt $(TORCH_ARGS) torch
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: export OMP_NUM_THREADS = 2
+demo: .venv/installed
+	$(BIN)/python examples/demo.py
+
+test: .venv/installed
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+
+test-all: .venv/installed
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m ""
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	rm -rf build/types && mkdir -p build/types && cp -r fwdcompile build/types/
+	cp -r rules build/types/fwdcompile/rules
+	cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml
+
+golden: .venv/installed
+	$(BIN)/python -m pytest tests/test_golden.py --regenerate-golden -p no:xdist
+
+bench: export OMP_NUM_THREADS = 2
+bench: .venv/installed
+	$(BIN)/python benchmarks/step.py
+
+clean:
+	rm -rf .venv build dist *.egg-info runs
