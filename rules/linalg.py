@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import RuleError
 from ..rule import joint, jvp, multilinear
 from .elementwise import times
 from .reduction import norm_dot
@@ -99,24 +98,6 @@ jvp(
     batch1=lambda d, batch2, alpha: times(torch.bmm(d, batch2).sum(0), alpha),
     batch2=lambda d, batch1, alpha: times(torch.bmm(batch1, d).sum(0), alpha),
 )
-
-
-def _cov(
-    d: Tensor,
-    self: Tensor,
-    correction: int,
-    fweights: Tensor | None,
-    aweights: Tensor | None,
-) -> Tensor:
-    if fweights is not None or aweights is not None:
-        raise RuleError("cov has no row for fweights and aweights; weight the columns by hand")
-    x, x_dot = (self, d) if self.ndim == 2 else (self.reshape(1, -1), d.reshape(1, -1))
-    freedom = x.shape[1] - correction
-    half = (x - x.mean(1, keepdim=True)) @ x_dot.mT / (freedom if freedom > 0 else float("nan"))
-    return half + half.mT if self.ndim == 2 else 2 * half.reshape([])
-
-
-jvp(aten.cov.default, self=_cov)
 
 
 # Distances between rows; where two coincide the tangent is zero.

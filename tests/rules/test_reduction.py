@@ -86,12 +86,22 @@ EXTREMA: list[Sample] = [
         for keepdim in (False, True)
     ),
     *((aten.kthvalue.default, (CUBE, 2, -2, keepdim), {}) for keepdim in (False, True)),
-    *((aten.sort.default, (x, dim, down), {}) for x, dim, down in ((X, -1, True), (SCALAR, 0, False))),
+    *(
+        (aten.sort.default, (x, dim, down), {})
+        for x, dim, down in ((X, -1, True), (SCALAR, 0, False))
+    ),
     (aten.sort.stable, (X,), {"stable": True, "dim": 0}),
-    *((aten.topk.default, (X, 2, dim, largest), {}) for dim in (0, -1) for largest in (True, False)),
-    *((op, (x, dim), {}) for op in (aten.cummax.default, aten.cummin.default)
-      for x, dim in ((CUBE, 1), (X, -1), (SCALAR, 0))),
-]  # fmt: skip
+    *(
+        (aten.topk.default, (X, 2, dim, largest), {})
+        for dim in (0, -1)
+        for largest in (True, False)
+    ),
+    *(
+        (op, (x, dim), {})
+        for op in (aten.cummax.default, aten.cummin.default)
+        for x, dim in ((CUBE, 1), (X, -1), (SCALAR, 0))
+    ),
+]
 
 TIED: list[Sample] = [
     *((op, (TIES, [1]), {}) for op in (aten.amax.default, aten.amin.default)),
@@ -149,13 +159,20 @@ PRODUCTS: list[Sample] = [
     ),
     *(
         (aten.cumprod.default, (x, dim), {})
-        for x, dim in ((CUBE, 1), (ZEROS, -1), (ZEROS, 0), (SCALAR, 0), (EMPTY, 0), (_t(9, seed=3), 0))
+        for x, dim in (
+            (CUBE, 1),
+            (ZEROS, -1),
+            (ZEROS, 0),
+            (SCALAR, 0),
+            (EMPTY, 0),
+            (_t(9, seed=3), 0),
+        )
     ),
     *(
         (aten.logcumsumexp.default, (x, dim), {})
         for x, dim in ((CUBE, 1), (X, 0), (_t(9, seed=3), -1), (SCALAR, 0))
     ),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("op", "args", "kwargs"), SUMS, ids=_name)
