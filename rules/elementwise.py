@@ -61,8 +61,7 @@ linear(aten.neg.default, wrt="self")
 pointwise(aten.reciprocal.default, lambda out: -out * out)
 
 
-@joint(aten.div.Tensor, wrt=("self", "other"))
-def div(d: dict[str, Tensor], other: Any, out: Tensor) -> Tensor:
+def quotient(d: dict[str, Tensor], other: Tensor | float, out: Tensor) -> Tensor:
     if "other" not in d:
         return d["self"] / other
     if "self" not in d:
@@ -70,11 +69,14 @@ def div(d: dict[str, Tensor], other: Any, out: Tensor) -> Tensor:
     return (d["self"] - out * d["other"]) / other
 
 
+joint(aten.div.Tensor, wrt=("self", "other"))(quotient)
+
+
 @joint(aten.div.Tensor_mode, wrt=("self", "other"))
 def div_mode(
-    d: dict[str, Tensor], other: Any, rounding_mode: str | None, out: Tensor
+    d: dict[str, Tensor], other: Tensor | float, rounding_mode: str | None, out: Tensor
 ) -> Tensor | None:
-    return div(d, other, out) if rounding_mode is None else None
+    return quotient(d, other, out) if rounding_mode is None else None
 
 
 jvp(
@@ -261,12 +263,12 @@ def clamp_max(d: dict[str, Tensor], self: Tensor, max: Any) -> Tensor:
 @joint(aten.clamp.default, aten.clamp.Tensor, wrt=("self", "min", "max"))
 def clamp(d: dict[str, Tensor], self: Tensor, min: Any, max: Any) -> Tensor:
     if max is None:
-        return clamp_min(d, self, min)
+        return chosen(self >= min, d, "self", "min")
     if min is None:
-        return clamp_max(d, self, max)
+        return chosen(self <= max, d, "self", "max")
     if set(d) == {"self"}:
         return torch.where((self >= min) & (self <= max), d["self"], 0)
-    below = chosen(self < min, d, "min", "self") if len(d.keys() & {"self", "min"}) else 0
+    below = chosen(self < min, d, "min", "self") if d.keys() & {"self", "min"} else 0
     return torch.where((self > max) | (min > max), d.get("max", 0), below)
 
 
