@@ -29,3 +29,7 @@ class NonFiniteError(FwdcompileError, ArithmeticError):
 
 class LossError(FwdcompileError, ValueError):
     """An objective does not return one floating-point tensor of no dimensions."""
+
+
+class DataError(FwdcompileError, ValueError):
+    """A data set is unknown, or its files are missing."""
