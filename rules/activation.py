@@ -12,18 +12,21 @@ from .elementwise import times
 
 aten = torch.ops.aten
 
-# Piecewise linear ones: the tangent passes, is scaled, or stops
+# Piecewise linear ones: the tangent passes, is scaled, or stops, even where it is infinite
 
-pointwise(aten.relu.default, lambda out: out > 0)
-pointwise(aten.relu6.default, lambda out: (out > 0) & (out < 6))
-pointwise(aten.hardtanh.default, lambda out, min_val, max_val: (out > min_val) & (out < max_val))
-pointwise(aten.threshold.default, lambda self, threshold: self > threshold)
-pointwise(aten.hardshrink.default, lambda self, lambd: self.abs() > lambd)
-pointwise(aten.softshrink.default, lambda self, lambd: self.abs() > lambd)
+jvp(aten.relu.default, self=lambda d, out: torch.where(out > 0, d, 0))
+jvp(aten.relu6.default, self=lambda d, out: torch.where((out > 0) & (out < 6), d, 0))
+jvp(
+    aten.hardtanh.default,
+    self=lambda d, out, min_val, max_val: torch.where((out > min_val) & (out < max_val), d, 0),
+)
 jvp(
     aten.hardsigmoid.default,
     self=lambda d, self: torch.where((self > -3) & (self < 3), d / 6, 0),
 )
+jvp(aten.threshold.default, self=lambda d, self, threshold: torch.where(self > threshold, d, 0))
+for _op in (aten.hardshrink.default, aten.softshrink.default):
+    jvp(_op, self=lambda d, self, lambd: torch.where(self.abs() > lambd, d, 0))
 jvp(
     aten.leaky_relu.default,
     self=lambda d, self, negative_slope: torch.where(self > 0, d, d * negative_slope),

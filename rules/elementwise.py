@@ -214,7 +214,10 @@ zero(
     aten.round.decimals,
     aten.trunc.default,
 )
-pointwise(aten.nan_to_num.default, lambda self: self.abs() < math.inf)
+jvp(
+    aten.nan_to_num.default,
+    self=lambda d, self: torch.where(self.abs() < math.inf, d, 0),
+)
 for _op in (aten.copysign.Tensor, aten.copysign.Scalar):
     jvp(
         _op,

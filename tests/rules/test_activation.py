@@ -60,6 +60,24 @@ def test_kink_follows_torch(op: Any, args: tuple[Any, ...], kwargs: dict[str, An
     check(op, SPECIAL, *args, second=False, **kwargs)
 
 
+@pytest.mark.parametrize(
+    ("op", "args"),
+    [
+        (aten.relu.default, ()),
+        (aten.relu6.default, ()),
+        (aten.hardtanh.default, ()),
+        (aten.hardsigmoid.default, ()),
+        (aten.threshold.default, (0.0, 0.0)),
+        (aten.clamp.default, (-1.0, 1.0)),
+        (aten.nan_to_num.default, ()),
+    ],
+)
+def test_flat_part_stops_an_infinite_tangent(op: Any, args: tuple[Any, ...]) -> None:
+    x = torch.tensor([-torch.inf], dtype=torch.float64)
+    _, (tangent,) = jvp_by_rule(op, (x, *args), {}, {0: -x})
+    assert tangent is not None and tangent.item() == 0
+
+
 @pytest.mark.parametrize("x", [X, WIDE, SCALAR, EMPTY], ids=["unit", "wide", "scalar", "empty"])
 def test_row_that_torch_rounds_to_float32(x: Tensor) -> None:
     check(aten.hardsigmoid.default, x, oracle="difference")
