@@ -86,7 +86,8 @@ def _solve_triangular(
 ) -> Any:
     dots = {"B": d["B"]} if "B" in d else {}
     if "self" in d:
-        dots["A"] = d["self"].triu(unitriangular) if upper else d["self"].tril(-unitriangular)
+        skipped = 1 if unitriangular else 0
+        dots["A"] = d["self"].triu(skipped) if upper else d["self"].tril(-skipped)
     return call(B=_residual(dots, self, B, out, left))
 
 
@@ -149,20 +150,21 @@ jvp(
 
 
 # LU, of square matrices: A = P L U gives inv(L) P' A_dot inv(U) = inv(L) L_dot + U_dot inv(U).
-def _lu(d: Tensor, P: Tensor, L: Tensor, U: Tensor) -> tuple[Tensor, Tensor]:
+def _lu(d: Tensor, pivot: bool, P: Tensor, L: Tensor, U: Tensor) -> tuple[Tensor, Tensor]:
     if d.shape[-1] != d.shape[-2]:
         raise RuleError("the LU factorization has a row for square matrices alone")
-    middle = torch.linalg.solve_triangular(L, P.mT @ d, upper=False, unitriangular=True)
+    rows = P.mT @ d if pivot else d
+    middle = torch.linalg.solve_triangular(L, rows, upper=False, unitriangular=True)
     middle = torch.linalg.solve_triangular(U, middle, upper=True, left=False)
     return L @ middle.tril(-1), middle.triu() @ U
 
 
 def _lu_packed(d: Tensor, pivot: bool, out: tuple[Tensor, ...]) -> Any:
-    L_dot, U_dot = _lu(d, *torch.lu_unpack(out[0], out[1]))
+    L_dot, U_dot = _lu(d, pivot, *torch.lu_unpack(out[0], out[1]))
     return (L_dot + U_dot, *[None] * (len(out) - 1))
 
 
-jvp(aten.linalg_lu.default, A=lambda d, out: (None, *_lu(d, *out)))
+jvp(aten.linalg_lu.default, A=lambda d, pivot, out: (None, *_lu(d, pivot, *out)))
 jvp(aten.linalg_lu_factor.default, A=_lu_packed)
 jvp(aten.linalg_lu_factor_ex.default, A=_lu_packed)
 
