@@ -120,7 +120,8 @@ jvp(
 
 # Determinants, of regular matrices: det_dot = det * trace(inv(A) A_dot).
 def _log_det(d: Tensor, A: Tensor) -> Tensor:
-    return torch.linalg.solve(A, d).diagonal(dim1=-2, dim2=-1).sum(-1)
+    ratio: Tensor = torch.linalg.solve(A, d)
+    return ratio.diagonal(dim1=-2, dim2=-1).sum(-1)
 
 
 def _slogdet(d: Tensor, A: Tensor) -> Any:
@@ -135,7 +136,7 @@ jvp(aten._linalg_slogdet.default, A=_slogdet)
 # Cholesky: L_dot = L F where F, lower, has F + F' = inv(L) A_dot inv(L').
 def _cholesky(d: Tensor, upper: bool, out: Tensor) -> Tensor:
     lower = out.mH if upper else out
-    middle = torch.linalg.solve_triangular(lower, d, upper=False)
+    middle: Tensor = torch.linalg.solve_triangular(lower, d, upper=False)
     middle = torch.linalg.solve_triangular(lower.mH, middle, upper=True, left=False)
     half = lower @ ((middle.tril() + middle.tril(-1)) / 2)
     return half.mH if upper else half

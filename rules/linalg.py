@@ -45,7 +45,7 @@ def _product(d: dict[str, list[Tensor | None]], tensors: list[Tensor], call: Cal
 
 
 @joint(aten.linear.default, wrt=("input", "weight", "bias"))
-def linear(d: dict[str, Tensor], call: Call) -> Tensor:
+def linear(d: dict[str, Tensor], call: Call) -> Any:
     """x W' + b: the bias tangent rides along with the product by the weight's tangent."""
     return affine(d, d.get("bias"), call)
 

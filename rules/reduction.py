@@ -198,7 +198,8 @@ jvp(aten.logsumexp.default, self=_logsumexp)
 # Scans and products, right where factors are zero, to every order.
 def _shift(x: Tensor, dim: int, by: int, fill: float) -> Tensor:
     """Moves elements `by` places up along `dim`, which is not negative; `fill` comes in below."""
-    return aten.constant_pad_nd(x, [0, 0] * (x.ndim - 1 - dim) + [by, -by], fill)
+    shifted: Tensor = aten.constant_pad_nd(x, [0, 0] * (x.ndim - 1 - dim) + [by, -by], fill)
+    return shifted
 
 
 def _recurrence(a: Tensor, b: Tensor, dim: int) -> Tensor:
