@@ -8,6 +8,7 @@ from . import rule
 from .directions import Directions, Normal, Rademacher
 from .errors import (
     CaptureError,
+    DataError,
     FwdcompileError,
     LossError,
     MissingRuleError,
@@ -17,10 +18,12 @@ from .errors import (
 )
 from .fgd import FGD, ForwardGradient
 from .forward import Forward, Lowered, jvp, transform
+from .saved import Saved, load
 
 __all__ = [
     "FGD",
     "CaptureError",
+    "DataError",
     "Directions",
     "Forward",
     "ForwardGradient",
@@ -32,8 +35,10 @@ __all__ = [
     "Normal",
     "Rademacher",
     "RuleError",
+    "Saved",
     "TangentError",
     "jvp",
+    "load",
     "rule",
     "transform",
 ]

@@ -72,7 +72,6 @@ def capture(model: Model, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Pro
         >>> capture(torch.tanh, (torch.zeros(3),), {}).graph.print_tabular()
     """
     root = Root(model)
-    register_dataclasses((args, kwargs))
     exported = _export(root, tuple(args), dict(kwargs))
     paths = [path for path, _ in input_leaves(model, args, kwargs)]
     return _program(exported, root, paths)
@@ -136,6 +135,7 @@ def input_leaves(
     model: Model, args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> list[tuple[str, Any]]:
     """Names each leaf of the inputs by its argument and path: `x`, `batch.image`, `pair.0`."""
+    register_dataclasses((args, kwargs))
     positional = _positional_names(model, len(args))
     leaves, _ = pytree.tree_flatten_with_path((tuple(args), dict(kwargs)))
     named = []

@@ -1,0 +1,120 @@
+"""Saved programs: a generated file, edited or not, called like the transform it came from."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from .binding import Tangents, arrange, check_tangents, store, tied_names
+from .capture import named_state
+from .emit import execute
+from .errors import TangentError
+from .program import Slot
+
+_numbers = itertools.count()
+
+
+class Saved:
+    """A generated program read from a file. Make one with `fwdcompile.load`."""
+
+    def __init__(self, path: str | Path, state: Mapping[str, Tensor]) -> None:
+        self.code = Path(path).read_text()
+        self._module = execute(self.code, f"fwdcompile_saved_{next(_numbers)}")
+        self._inputs = tuple(Slot(*entry) for entry in self._module.INPUTS)
+        self._outputs = tuple(Slot(*entry) for entry in self._module.OUTPUTS)
+        self._state = dict(state)
+        stored = [slot.name for slot in self._inputs if slot.kind in ("parameter", "buffer")]
+        if missing := [name for name in stored if name not in self._state]:
+            raise TangentError(f"the program reads {missing[0]!r}: load it with the model's state")
+
+    def __call__(
+        self, *args: Any, tangents: Tangents | Sequence[Tangents], **kwargs: Any
+    ) -> tuple[Any, Any]:
+        """Runs the program as `fwd(*args, tangents=..., **kwargs)` ran it.
+
+        Args:
+            args: the model's positional arguments, of the shapes the program was made for.
+            tangents: tangents of exactly the names that the program was made for.
+            kwargs: the model's keyword arguments, in the order they had then.
+
+        Returns:
+            `(y, y_dot)`. A dataclass or named tuple comes back as a dict of its fields.
+
+        Raises:
+            TangentError: other names, shapes or dtypes than the program was made for.
+        """
+        values = self._values([x for x in pytree.tree_leaves((args, kwargs)) if _is_tensor(x)])
+        tied = tied_names(values)
+        several = not isinstance(tangents, Mapping)
+        each = [tangents] if isinstance(tangents, Mapping) else list(tangents)
+        dots = [check_tangents(one, values, tied) for one in each]
+        wanted = {(slot.name, slot.direction) for slot in self._inputs if slot.kind == "tangent"}
+        given = {(name, k) for k, one in enumerate(dots) for name in one}
+        if wanted != given:
+            raise TangentError(f"the program takes tangents {sorted(wanted)}, not {sorted(given)}")
+        outs = self._module.forward(*arrange(self._inputs, values, dots))
+        store(self._outputs, outs, values)
+        found = dict(zip(self._outputs, outs, strict=True))
+        y = self._build({slot.name: x for slot, x in found.items() if slot.kind == "output"}, True)
+        y_dots = [
+            self._build(
+                {s.name: x for s, x in found.items() if s.kind == "tangent" and s.direction == k},
+                False,
+            )
+            for k in range(len(dots))
+        ]
+        return y, tuple(y_dots) if several else y_dots[0]
+
+    def _values(self, leaves: list[Tensor]) -> dict[str, Any]:
+        names = [slot.name for slot in self._inputs if slot.kind == "input"]
+        if len(names) != len(leaves):
+            raise TangentError(f"the program takes {len(names)} tensors ({', '.join(names)}), "
+                               f"not {len(leaves)}")  # fmt: skip
+        return self._state | dict(zip(names, leaves, strict=True))
+
+    def _build(self, values: dict[str, Any], primal: bool) -> Any:
+        def leaf(name: Any) -> Any:
+            if isinstance(name, str) and name.startswith("="):
+                return _fixed(name[1:]) if primal else None
+            return values.get(name)
+
+        return pytree.tree_map(leaf, self._module.STRUCTURE)
+
+
+def load(path: str | Path, model: nn.Module | Mapping[str, Tensor] | None = None) -> Saved:
+    """Reads a program that `fwd.save(path)` wrote, edited or not.
+
+    Args:
+        path: of the file.
+        model: where the program's parameters and buffers are: a module, or tensors by name.
+
+    Returns:
+        A callable with the convention of the transform that the program came from.
+
+    Raises:
+        FwdcompileError: the file is no generated program.
+        TangentError: the program reads a parameter that the model does not have.
+
+    Example:
+        >>> fwd.save("model_fwd.py")
+        >>> y, y_dot = fwdcompile.load("model_fwd.py", model)(x, tangents={"x": x_dot})
+    """
+    if isinstance(model, nn.Module):
+        state = named_state(model, "parameter") | named_state(model, "buffer")
+    else:
+        state = dict(model or {})
+    return Saved(path, state)
+
+
+def _fixed(text: str) -> Any:
+    return eval(text, {"torch": torch, "inf": float("inf"), "nan": float("nan")})
+
+
+def _is_tensor(x: Any) -> bool:
+    return isinstance(x, Tensor)
