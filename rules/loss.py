@@ -136,11 +136,10 @@ jvp(
 )
 
 
-@joint(aten.multilabel_margin_loss.default, wrt=("self",))
-def multilabel_margin_loss(
-    d: dict[str, Tensor], self: Tensor, target: Tensor, reduction: int
-) -> Tensor:
+def multilabel_margin(d: Tensor, self: Tensor, target: Tensor, reduction: int) -> Tensor:
     """The mean over classes of the margins that are violated; the first -1 ends a target."""
+    if self.ndim == 0:
+        d, self, target = d.reshape(1), self.reshape(1), target.reshape(1)
     classes = torch.arange(self.shape[-1], device=self.device)
     listed = torch.cumsum(target < 0, -1) == 0
     index = torch.where(listed, target, 0)
@@ -150,5 +149,8 @@ def multilabel_margin_loss(
         return x.unsqueeze(-2) - torch.gather(x, -1, index).unsqueeze(-1)
 
     violated = (differences(self) > -1) & listed.unsqueeze(-1) & ~chosen
-    total = (differences(d["self"]) * violated).sum((-2, -1))
+    total = (differences(d) * violated).sum((-2, -1))
     return reduced(total / self.shape[-1], None, reduction)
+
+
+jvp(aten.multilabel_margin_loss.default, self=multilabel_margin)

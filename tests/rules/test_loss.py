@@ -167,6 +167,8 @@ def test_row_beyond_torch(reduction: int) -> None:
     check(aten.soft_margin_loss.default, X, Y, reduction, oracle="difference")
     op = aten.multilabel_margin_loss.default
     check(op, X, LABEL_SETS, reduction, wrt=(0,), oracle="difference")
+    if reduction != NONE:
+        check(op, X[0, 0], LABEL_SETS[0, 1], reduction, wrt=(0,), oracle="difference")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
