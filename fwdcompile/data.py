@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +20,20 @@ NAMES = ("digits", "mnist", "fashion-mnist")
 
 @dataclass(frozen=True)
 class Dataset:
-    """Images as float32 [n, channels, height, width] in [0, 1], labels as int64 [n]."""
+    """Images as float32 [n, channels, height, width] in [0, 1], labels as int64 [n].
+
+    Attributes:
+        train: images and labels to train on.
+        validation: images and labels held out.
+    """
 
     train: tuple[Tensor, Tensor]
     validation: tuple[Tensor, Tensor]
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of one image: channels, height, width."""
+        return self.train[0].shape[1:]
 
     @property
     def classes(self) -> int:
@@ -33,32 +46,32 @@ class Dataset:
         return Dataset(train, validation)
 
 
-def load(name: str, root: str | Path | None = None) -> Dataset:
+def load(name: str, root: str | Path | None = None, *, download: bool = True) -> Dataset:
     """Loads a data set by name.
 
     Args:
-        name: "digits" (1,797 images of 8 by 8, shipped with scikit-learn), "mnist" or
-            "fashion-mnist" (torchvision's; the validation set is their test set).
-        root: for torchvision's sets, the directory that holds `MNIST/raw` or `FashionMNIST/raw`;
-            what is missing there is downloaded.
+        name: "digits" (1,797 images of 8 by 8, shipped with scikit-learn; a fifth, the same
+            in every run, is held out), "mnist" or "fashion-mnist" (torchvision's; their test set is held
+            out).
+        root: for torchvision's sets, the directory that holds `MNIST/raw` or `FashionMNIST/raw`.
+        download: fetches files that are missing there.
 
     Raises:
-        DataError: unknown name, missing directory, or a download that failed.
+        DataError: unknown name, missing directory or files, or a download that failed.
 
     Example:
-        >>> data = load("digits")
-        >>> data.train[0].shape
-        torch.Size([1437, 1, 8, 8])
+        >>> load("digits").train[0].shape
+        torch.Size([1438, 1, 8, 8])
     """
-    if name == "digits":
-        return _digits()
     if name not in NAMES:
         raise DataError(f"no data set is called {name!r}; there are {', '.join(NAMES)}")
+    if name == "digits":
+        return _digits()
     if root is None:
         raise DataError(f"{name} needs a directory: give --data-root DIR")
     if not Path(root).is_dir():
-        raise DataError(f"the data directory {root} does not exist")
-    return _torchvision_set(name, Path(root))
+        raise DataError(f"the data directory {root} does not exist; create it, or name another")
+    return _torchvision_set(name, Path(root), download)
 
 
 def batches(
@@ -70,52 +83,70 @@ def batches(
     every image is used and every batch has the same size: no step recompiles.
 
     Args:
-        data: images and labels.
+        data: images and labels, of equal length.
         size: of a batch.
         seed: of the order.
         start: the number of the first batch, to continue a run.
+
+    Yields:
+        Images [size, ...] and labels [size], on the device of the data.
+
+    Raises:
+        ValueError: no data, or a size below 1.
+
+    Example:
+        >>> x, y = next(batches(load("digits").train, 64, seed=0))
     """
     images, labels = data
     count = len(labels)
-    number = start
+    if count < 1 or size < 1:
+        raise ValueError(f"cannot draw batches of {size} from {count} images; both need at least 1")
+    return _stream(images, labels, size, seed, start)
+
+
+def _stream(
+    images: Tensor, labels: Tensor, size: int, seed: int, start: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    count = len(labels)
+    order = functools.lru_cache(maxsize=2)(functools.partial(_order, count, seed))
+    place = start * size
     while True:
-        places = range(number * size, (number + 1) * size)
-        epochs = {place // count for place in places}
-        orders = {epoch: _order(count, seed, epoch, labels.device) for epoch in epochs}
-        index = torch.stack([orders[place // count][place % count] for place in places])
+        first, last = place // count, (place + size - 1) // count
+        orders = torch.cat([order(epoch) for epoch in range(first, last + 1)])
+        index = orders[place - first * count :][:size].to(labels.device)
         yield images[index], labels[index]
-        number += 1
+        place += size
 
 
+def _order(count: int, seed: int, epoch: int) -> Tensor:
+    """The shuffle of an epoch; made on the CPU, so that it is the same for every device."""
+    mixed = (seed * 1_000_003 + epoch) % 2**63
+    return torch.randperm(count, generator=torch.Generator().manual_seed(mixed))
+
+
+@functools.cache
 def import_torchvision() -> ModuleType:
     """Imports torchvision, also beside a CPU build of torch.
 
     The wheel on PyPI is built for CUDA: beside a CPU torch its compiled ops do not load and the
-    import stops at `operator torchvision::nms does not exist`. Two declared schemas mend that.
+    import stops at `operator torchvision::nms does not exist`. Two declared schemas mend that;
+    where the import works as it is, nothing is declared.
     """
-    for schema in (
-        "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-        "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-    ):
-        if not hasattr(torch.ops.torchvision, schema.split("(")[0]):
-            _LIBRARY.define(schema)
-    import torchvision
+    try:
+        return importlib.import_module("torchvision")
+    except RuntimeError as error:
+        if "torchvision::nms" not in str(error):
+            raise
+    for name in [n for n in sys.modules if n.split(".")[0] == "torchvision"]:
+        del sys.modules[name]
+    library = torch.library.Library("torchvision", "FRAGMENT")
+    for op in ("nms", "qnms"):
+        library.define(f"{op}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    _kept.append(library)
+    return importlib.import_module("torchvision")
 
-    return torchvision  # type: ignore[no-any-return]
 
-
-_LIBRARY = torch.library.Library("torchvision", "FRAGMENT")
-_orders: dict[tuple[int, int, int, str], Tensor] = {}
-
-
-def _order(count: int, seed: int, epoch: int, device: torch.device) -> Tensor:
-    key = (count, seed, epoch, str(device))
-    if key not in _orders:
-        for old in [k for k in _orders if k[2] < epoch - 1]:
-            del _orders[old]
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-        _orders[key] = torch.randperm(count, generator=generator).to(device)
-    return _orders[key]
+_kept: list[torch.library.Library] = []  # a library's ops are gone once it is collected
 
 
 def _digits() -> Dataset:
@@ -130,14 +161,16 @@ def _digits() -> Dataset:
     return Dataset((images[train], labels[train]), (images[validation], labels[validation]))
 
 
-def _torchvision_set(name: str, root: Path) -> Dataset:
-    datasets = import_torchvision().datasets
+def _torchvision_set(name: str, root: Path, download: bool) -> Dataset:
+    datasets = importlib.import_module(f"{import_torchvision().__name__}.datasets")
     kind = datasets.MNIST if name == "mnist" else datasets.FashionMNIST
     parts = []
     for train in (True, False):
         try:
-            part = kind(root, train=train, download=not (root / kind.__name__ / "raw").is_dir())
-        except Exception as error:
-            raise DataError(f"{name} is not in {root} and cannot be had: {error}") from error
+            part = kind(root, train=train, download=download)
+        except (RuntimeError, OSError, ValueError) as error:
+            reason = f"{name} is not in {root}/{kind.__name__}/raw"
+            way_out = f"and the download failed: {error}" if download else "and may not be fetched"
+            raise DataError(f"{reason}, {way_out}") from error
         parts.append((part.data.unsqueeze(1).to(torch.float32) / 255, part.targets.long()))
     return Dataset(*parts)

@@ -2,49 +2,78 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 from torch import nn
+
+HIDDEN = 1024
+CHANNELS = 64
 
 
 def logistic_regression(shape: Sequence[int], classes: int) -> nn.Module:
     """Multinomial logistic regression, section 5.3.
 
     Args:
-        shape: of an image, [channels, height, width].
+        shape: of an image, (channels, height, width).
         classes: number of classes.
+
+    Returns:
+        A float32 module from [batch, *shape] to logits [batch, classes].
+
+    Raises:
+        ValueError: a shape that is not three positive numbers, or fewer than one class.
+
+    Example:
+        >>> logistic_regression((1, 8, 8), 10)(torch.zeros(2, 1, 8, 8)).shape
+        torch.Size([2, 10])
     """
-    return nn.Sequential(nn.Flatten(), nn.Linear(_size(shape), classes))
+    _check(shape, classes)
+    return nn.Sequential(nn.Flatten(), nn.Linear(math.prod(shape), classes))
 
 
 def mlp(shape: Sequence[int], classes: int) -> nn.Module:
-    """Fully connected layers of 1024, 1024 and `classes`, with ReLU between, section 5.4."""
+    """Fully connected layers of 1024, 1024 and `classes`, with ReLU between, section 5.4.
+
+    Arguments, result and errors as for `logistic_regression`.
+
+    Example:
+        >>> mlp((1, 8, 8), 10)(torch.zeros(2, 1, 8, 8)).shape
+        torch.Size([2, 10])
+    """
+    _check(shape, classes)
     return nn.Sequential(
         nn.Flatten(),
-        nn.Linear(_size(shape), 1024),
+        nn.Linear(math.prod(shape), HIDDEN),
         nn.ReLU(),
-        nn.Linear(1024, 1024),
+        nn.Linear(HIDDEN, HIDDEN),
         nn.ReLU(),
-        nn.Linear(1024, classes),
+        nn.Linear(HIDDEN, classes),
     )
 
 
 def cnn(shape: Sequence[int], classes: int) -> nn.Module:
-    """Four 3x3 convolutions of 64 channels, pooled after the 2nd and 4th, section 5.5."""
+    """Four 3x3 convolutions of 64 channels, pooled after the 2nd and 4th, section 5.5.
+
+    Arguments, result and errors as for `logistic_regression`; images need at least 4 by 4 pixels.
+
+    Example:
+        >>> cnn((1, 8, 8), 10)(torch.zeros(2, 1, 8, 8)).shape
+        torch.Size([2, 10])
+    """
+    _check(shape, classes)
     channels, height, width = shape
-
-    def block(inputs: int) -> list[nn.Module]:
-        return [
-            nn.Conv2d(inputs, 64, 3, padding=1),
-            nn.ReLU(),
-            nn.Conv2d(64, 64, 3, padding=1),
-            nn.ReLU(),
-            nn.MaxPool2d(2),
-        ]
-
-    features = 64 * (height // 4) * (width // 4)
-    head = [nn.Flatten(), nn.Linear(features, 1024), nn.ReLU(), nn.Linear(1024, classes)]
-    return nn.Sequential(*block(channels), *block(64), *head)
+    if height < 4 or width < 4:
+        raise ValueError(f"two poolings need images of at least 4 by 4, not {height} by {width}")
+    features = CHANNELS * (height // 4) * (width // 4)
+    return nn.Sequential(
+        *_block(channels),
+        *_block(CHANNELS),
+        nn.Flatten(),
+        nn.Linear(features, HIDDEN),
+        nn.ReLU(),
+        nn.Linear(HIDDEN, classes),
+    )
 
 
 MODELS: dict[str, Callable[[Sequence[int], int], nn.Module]] = {
@@ -54,8 +83,18 @@ MODELS: dict[str, Callable[[Sequence[int], int], nn.Module]] = {
 }
 
 
-def _size(shape: Sequence[int]) -> int:
-    size = 1
-    for extent in shape:
-        size *= extent
-    return size
+def _block(inputs: int) -> list[nn.Module]:
+    return [
+        nn.Conv2d(inputs, CHANNELS, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+    ]
+
+
+def _check(shape: Sequence[int], classes: int) -> None:
+    if len(shape) != 3 or min(shape) < 1:
+        raise ValueError(f"an image is channels, height and width, each positive, not {shape}")
+    if classes < 1:
+        raise ValueError(f"a classifier needs at least one class, not {classes}")
