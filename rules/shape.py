@@ -28,6 +28,7 @@ for _op in (
     aten.unsqueeze_copy.default,
     aten.slice.Tensor,
     aten.slice_copy.Tensor,
+    aten.narrow_copy.default,
     aten.select.int,
     aten.select_copy.int,
     aten.split.Tensor,

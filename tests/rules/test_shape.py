@@ -44,6 +44,7 @@ VIEWS: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = [
     *((op, (X, -1), {}) for op in (aten.unsqueeze.default, aten.unsqueeze_copy.default)),
     *((op, (X, 1, 0, 9, 2), {}) for op in (aten.slice.Tensor, aten.slice_copy.Tensor)),
     (aten.slice.Tensor, (X, -1, -2), {}),
+    (aten.narrow_copy.default, (X, -1, 1, 2), {}),
     *((op, (X, -1, -3), {}) for op in (aten.select.int, aten.select_copy.int)),
     *(
         (op, (X, 3, 1), {})
