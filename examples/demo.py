@@ -7,53 +7,53 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from rich.syntax import Syntax
-from tqdm import tqdm
+from torch import nn
+from torch.nn.functional import cross_entropy
 
 import fwdcompile
-from fwdcompile.cli import table
+from fwdcompile.cli import compare, table
 from fwdcompile.data import load
+from fwdcompile.methods import Config
 from fwdcompile.models import mlp
 from fwdcompile.objective import Objective
-from fwdcompile.runner import Config, Runner, plot
+from fwdcompile.report import plot
 
 OUT = Path("runs/demo")
+CONFIG = Config(
+    methods=("fgd", "backprop", "backprop-compiled"),
+    iterations=2500,
+    lr=1e-3,
+    decay=5e-4,
+    directions="rademacher",
+    every=100,
+)
 
 
 def main() -> None:
     console = Console()
     data = load("digits")
-    images, labels = data.train
 
-    console.rule("the generated forward-mode program of the paper's MLP")
-    model = mlp(images.shape[1:], data.classes)
-    forward = fwdcompile.transform(Objective(model, torch.nn.functional.cross_entropy))
-    forward.lower(images[:64], labels[:64])
-    body = forward.code.split("):\n", 1)[1].split("# What the arguments")[0].rstrip()
-    console.print(Syntax(body, "python", background_color="default"))
+    def build() -> nn.Module:
+        return mlp(data.shape, data.classes)
+
+    console.rule("the forward-mode program that fwdcompile writes for the paper's MLP")
+    forward = fwdcompile.transform(Objective(build(), cross_entropy))
+    images, labels = data.train
+    forward.lower(images[: CONFIG.batch], labels[: CONFIG.batch])
+    console.print(Syntax(layers(forward.code), "python", background_color="default"))
 
     console.rule("training: forward gradients against backpropagation")
-    config = Config(
-        methods=("fgd", "backprop", "backprop-compiled"),
-        iterations=1500,
-        lr=2e-3,
-        directions="rademacher",
-        every=50,
-    )
-    OUT.mkdir(parents=True, exist_ok=True)
-    with tqdm(total=config.iterations * len(config.methods), unit="step") as bar:
-
-        def progress(method: str) -> None:
-            bar.set_description(method, refresh=False)
-            bar.update()
-
-        build = lambda: mlp(images.shape[1:], data.classes)  # noqa: E731
-        report = Runner(build, data, config, log=OUT, progress=progress).run()
+    report = compare(build, data, CONFIG, OUT)
     console.print(table(report))
-    plot(report, OUT / "demo.png", "digits, the paper's MLP, no backward pass in fgd")
+    plot(report, OUT / "demo.png", "the paper's MLP on digits: fgd has no backward pass")
     console.print(f"picture: {OUT / 'demo.png'}   log: {OUT / 'log.jsonl'}")
+
+
+def layers(code: str) -> str:
+    """The body of the generated function, without its header and arguments."""
+    return code.split("):\n", 1)[1].split("# What the arguments")[0].rstrip()
 
 
 if __name__ == "__main__":

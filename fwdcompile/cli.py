@@ -4,29 +4,38 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import os
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.syntax import Syntax
 from rich.table import Table
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from . import rule
-from .data import import_torchvision, load
+from .data import Dataset, import_torchvision, load
 from .errors import FwdcompileError
 from .forward import transform
 from .graph import draw
+from .methods import METHODS, Config
 from .models import MODELS
-from .runner import METHODS, Config, Report, Runner, plot
+from .report import Report, plot
+from .runner import Runner
+
+DEFAULT_INPUT = "1,3,64,64"
 
 app = typer.Typer(
     help="Forward-mode automatic differentiation for PyTorch, by source transformation.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    add_completion=False,
 )
 
 
@@ -35,30 +44,33 @@ def train(
     model: Annotated[str, typer.Argument(help=f"one of {', '.join(MODELS)}")],
     data: Annotated[str, typer.Option(help="digits, mnist or fashion-mnist")] = "digits",
     data_root: Annotated[Path | None, typer.Option(help="directory of torchvision's sets")] = None,
-    methods: Annotated[str, typer.Option(help=f"comma-separated: {', '.join(METHODS)}")] = (
-        "fgd,backprop,backprop-compiled"
-    ),
-    iterations: int = 1000,
-    batch: int = 64,
-    lr: float = 2e-4,
-    decay: float = 1e-4,
-    runs: int = 1,
-    seed: int = 0,
+    download: Annotated[bool, typer.Option(help="fetch a set that is not there")] = True,
+    methods: Annotated[
+        str, typer.Option(help=f"separated by commas: {', '.join(METHODS)}")
+    ] = "fgd,backprop,backprop-compiled",
+    iterations: Annotated[int, typer.Option(help="steps of each method")] = 1000,
+    batch: Annotated[int, typer.Option(help="images a step")] = 64,
+    lr: Annotated[float, typer.Option(help="learning rate at iteration 0")] = 2e-4,
+    decay: Annotated[float, typer.Option(help="k in lr exp(-k i)")] = 1e-4,
+    runs: Annotated[int, typer.Option(help="independent runs")] = 1,
+    seed: Annotated[int, typer.Option(help="of the first run")] = 0,
     directions: Annotated[str, typer.Option(help="normal or rademacher")] = "normal",
     samples: Annotated[int, typer.Option(help="directions a step")] = 1,
-    every: Annotated[int, typer.Option(help="steps between validations")] = 50,
-    compile: bool = True,
+    every: Annotated[int, typer.Option(help="steps between looks at the validation set")] = 50,
+    compile: Annotated[bool, typer.Option(help="compile the fgd step")] = True,
     mode: Annotated[str, typer.Option(help="torch.compile's mode")] = "default",
-    skip_nonfinite: Annotated[bool, typer.Option(help="leave such steps out")] = False,
-    tensorboard: bool = False,
+    skip_nonfinite: Annotated[
+        bool, typer.Option("--skip-nonfinite", help="leave steps out that are not finite")
+    ] = False,
+    tensorboard: Annotated[bool, typer.Option(help="write TensorBoard's event files")] = False,
     out: Annotated[Path, typer.Option(help="directory for the log and the picture")] = Path("runs"),
-    device: str = "cpu",
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1")] = "cpu",
 ) -> None:
     """Trains methods side by side on a data set and prints the paper's measures."""
     if model not in MODELS:
         raise ValueError(f"no model is called {model!r}; there are {', '.join(MODELS)}")
     config = Config(
-        methods=tuple(methods.split(",")),
+        methods=tuple(name.strip() for name in methods.split(",") if name.strip()),
         iterations=iterations,
         batch=batch,
         lr=lr,
@@ -72,24 +84,12 @@ def train(
         mode=mode,
         skip_nonfinite=skip_nonfinite,
     )
-    dataset = load(data, data_root).to(device)
-    shape, classes = dataset.train[0].shape[1:], dataset.classes
-    total = config.iterations * config.runs * len(config.methods)
-    with tqdm(total=total, unit="step") as bar:
+    dataset = load(data, data_root, download=download).to(_device(device))
 
-        def progress(method: str) -> None:
-            bar.set_description(method, refresh=False)
-            bar.update()
+    def build() -> nn.Module:
+        return MODELS[model](dataset.shape, dataset.classes)
 
-        runner = Runner(
-            lambda: MODELS[model](shape, classes),
-            dataset,
-            config,
-            log=out,
-            tensorboard=tensorboard,
-            progress=progress,
-        )
-        report = runner.run()
+    report = compare(build, dataset, config, out, tensorboard)
     Console().print(table(report))
     plot(report, out / "loss.png", f"{model} on {data}")
 
@@ -98,23 +98,25 @@ def train(
 def show(
     model: Annotated[str, typer.Argument(help="module:name of a module, factory or function")],
     input: Annotated[
-        list[str] | None, typer.Option(help="shape of an input, 1,3,64,64; once for each")
+        list[str] | None,
+        typer.Option(help="shape of an input, as 1,3,64,64 or 2,16:int64; once for each"),
     ] = None,
     tangents: Annotated[
-        str, typer.Option(help="parameters, inputs, or names with commas")
-    ] = "parameters",
-    lines: Annotated[str, typer.Option(help="a:b, which lines to print")] = ":",
+        str | None,
+        typer.Option(help="parameters (a module's default), inputs, or names with commas"),
+    ] = None,
+    lines: Annotated[str, typer.Option(help="a:b, which lines to print; from 1")] = ":",
     picture: Annotated[Path | None, typer.Option(help="draw the program to this file")] = None,
 ) -> None:
-    """Prints the generated program of any importable model."""
+    """Prints the generated forward-mode program of any importable model."""
+    first, last = _lines(lines)
+    inputs = [_example(text) for text in input or [DEFAULT_INPUT]]
     target = _import(model)
-    shapes = [tuple(int(n) for n in text.split(",")) for text in input or ["1,3,64,64"]]
-    forward = transform(target)
-    names = tangents if tangents in ("parameters", "inputs") else tangents.split(",")
-    lowered = forward.lower(*(torch.zeros(shape) for shape in shapes), tangents=names)
-    first, _, last = lines.partition(":")
-    chosen = lowered.code.splitlines()[int(first) - 1 if first else 0 : int(last) if last else None]
-    text = "\n".join(chosen)
+    trained = isinstance(target, nn.Module) and any(p.requires_grad for p in target.parameters())
+    names = tangents or ("parameters" if trained else "inputs")
+    chosen = names if names in ("parameters", "inputs") else names.split(",")
+    lowered = transform(target).lower(*inputs, tangents=chosen)
+    text = "\n".join(lowered.code.splitlines()[first:last])
     if sys.stdout.isatty():
         Console().print(Syntax(text, "python", background_color="default"))
     else:
@@ -134,58 +136,119 @@ def list_rules(
     typer.echo(f"{len(rows)} rows")
 
 
+def compare(
+    build: Callable[[], nn.Module],
+    data: Dataset,
+    config: Config,
+    out: Path,
+    tensorboard: bool = False,
+) -> Report:
+    """Runs a comparison under a progress bar; the arguments are those of `Runner`."""
+    total = config.iterations * config.runs * len(config.methods)
+    with tqdm(total=total, unit="step", dynamic_ncols=True) as bar:
+
+        def progress(method: str) -> None:
+            bar.set_description(method, refresh=False)
+            bar.update()
+
+        runner = Runner(build, data, config, log=out, tensorboard=tensorboard, progress=progress)
+        return runner.run()
+
+
 def table(report: Report) -> Table:
     """The report as a table for a terminal."""
+    base = ", ".join(f"{kind} {seconds * 1e3:.2f} ms" for kind, seconds in report.base.items())
     columns = ("method", "train loss", "validation loss", "accuracy", "ms a step", "R")
-    out = Table(*columns, "Rf/Rb", "Tf/Tb", title=f"base runtime {_base(report)}")
+    out = Table(*columns, "Rf/Rb", "Tf/Tb", box=SIMPLE, title=f"base runtime: {base}")
     for row in report.rows():
-        cells = [f"{row[k]:.4f}" for k in ("train_loss", "validation_loss", "accuracy")]
-        cells += [f"{row['ms']:.2f}", f"{row['R']:.2f}"]
-        cells += ["" if row[k] is None else f"{row[k]:.3f}" for k in ("R_ratio", "T_ratio")]
-        out.add_row(row["method"], *cells)
-        if row["stopped"]:
-            out.add_row("", row["stopped"])
+        cells = [f"{x:.4f}" for x in (row.train_loss, row.validation_loss, row.accuracy)]
+        cells += [f"{row.ms:.2f}", f"{row.r:.2f}"]
+        cells += ["" if x is None else f"{x:.3f}" for x in (row.r_ratio, row.t_ratio)]
+        out.add_row(row.method, *cells)
+    stops = (f"{row.method} stopped. {row.stopped}" for row in report.rows() if row.stopped)
+    out.caption = "\n".join(stops) or None
     return out
 
 
-def main() -> None:
-    """The console script: a user's mistake is one line on stderr and exit code 2."""
+def main(args: Sequence[str] | None = None) -> None:
+    """The console script: a user's mistake is one line on stderr and exit code 2.
+
+    Args:
+        args: of the command line; those of the process if None.
+    """
     try:
-        app(standalone_mode=False)
+        sys.exit(app(args, standalone_mode=False))
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except (FwdcompileError, ValueError, OSError, ImportError) as error:
-        typer.echo(f"fwdcompile: {error}", err=True)
-        sys.exit(2)
-    except typer.Abort:
-        sys.exit(130)
+        _fail(str(error), 2)
+    except (typer.Abort, KeyboardInterrupt):
+        _fail("stopped", 130)
     except Exception as error:
-        if hasattr(error, "show"):
-            error.show()
-            sys.exit(2)
-        raise
+        if not hasattr(error, "format_message"):  # typer's own, for a wrong option
+            raise
+        _fail(error.format_message() or "see --help", 2)
 
 
-def _base(report: Report) -> str:
-    return ", ".join(f"{kind} {seconds * 1e3:.2f} ms" for kind, seconds in report.base.items())
+def _fail(message: str, code: int) -> None:
+    typer.echo(f"fwdcompile: {message}", err=True)
+    sys.exit(code)
+
+
+def _device(text: str) -> torch.device:
+    try:
+        return torch.zeros(1, device=text).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"the device {text!r} cannot be used: {reason}") from error
+
+
+def _lines(text: str) -> tuple[int, int | None]:
+    first, colon, last = text.partition(":")
+    if not colon or any(part and not part.isdecimal() for part in (first, last)):
+        raise ValueError(f"--lines is a:b, as in 10:40, not {text!r}")
+    return max(int(first or 1) - 1, 0), int(last) if last else None
+
+
+def _example(text: str) -> Tensor:
+    sizes, _, kind = text.partition(":")
+    dtype = getattr(torch, kind or "float32", None)
+    parts = sizes.split(",") if sizes else []
+    if not isinstance(dtype, torch.dtype) or not all(part.strip().isdecimal() for part in parts):
+        raise ValueError(f"--input is a shape, as 1,3,64,64 or 2,16:int64, not {text!r}")
+    return torch.zeros([int(part) for part in parts], dtype=dtype)
 
 
 def _import(path: str) -> Any:
+    """The module or function at `module:name`; a factory that needs no argument is called."""
     module_name, _, name = path.partition(":")
     if not name:
         raise ValueError(f"{path!r} is not module:name, as in torchvision.models:resnet18")
     if module_name.split(".")[0] == "torchvision":
         import_torchvision()
     sys.path.insert(0, "")
-    try:
-        target = importlib.import_module(module_name)
-        for part in name.split("."):
-            target = getattr(target, part)
-    except AttributeError as error:
-        raise ImportError(f"{path}: {error}") from error
-    if isinstance(target, torch.nn.Module) or not callable(target):
+    target: Any = importlib.import_module(module_name)
+    for part in name.split("."):
+        if not hasattr(target, part):
+            raise ImportError(f"{module_name} has no {name!r}")
+        target = getattr(target, part)
+    if isinstance(target, nn.Module):
         return target
-    required = [
-        p for p in inspect.signature(target).parameters.values()
-        if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
-    ]  # fmt: skip
-    made = target() if not required else target
-    return made if isinstance(made, torch.nn.Module) else target
+    if not callable(target):
+        raise ValueError(f"{path} is a {type(target).__name__}, no module, factory or function")
+    if required := _required(target):
+        if inspect.isclass(target):
+            raise ValueError(f"{path} needs {', '.join(required)}; name a factory that needs none")
+        return target
+    made = target()
+    return made if isinstance(made, nn.Module) else target
+
+
+def _required(function: Callable[..., Any]) -> list[str]:
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except ValueError:  # torch's built-in functions, which all take arguments
+        return ["input"]
+    several = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return [p.name for p in parameters if p.default is p.empty and p.kind not in several]

@@ -50,9 +50,8 @@ def load(name: str, root: str | Path | None = None, *, download: bool = True) ->
     """Loads a data set by name.
 
     Args:
-        name: "digits" (1,797 images of 8 by 8, shipped with scikit-learn; a fifth, the same
-            in every run, is held out), "mnist" or "fashion-mnist" (torchvision's; their test set is held
-            out).
+        name: "digits" (1,797 images of 8 by 8, shipped with scikit-learn, of which a fixed fifth
+            is held out), "mnist" or "fashion-mnist" (torchvision's, with its test set held out).
         root: for torchvision's sets, the directory that holds `MNIST/raw` or `FashionMNIST/raw`.
         download: fetches files that are missing there.
 
@@ -139,9 +138,10 @@ def import_torchvision() -> ModuleType:
             raise
     for name in [n for n in sys.modules if n.split(".")[0] == "torchvision"]:
         del sys.modules[name]
-    library = torch.library.Library("torchvision", "FRAGMENT")
+    library = torch.library.Library("torchvision", "FRAGMENT")  # type: ignore[no-untyped-call]
     for op in ("nms", "qnms"):
-        library.define(f"{op}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        schema = f"{op}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+        library.define(schema)  # type: ignore[no-untyped-call]
     _kept.append(library)
     return importlib.import_module("torchvision")
 

@@ -1,0 +1,222 @@
+"""The methods that the runner compares, each a function that trains a model one step at a time."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.functional import cross_entropy
+
+from .directions import Directions, Normal, Rademacher, stream_key
+from .errors import NonFiniteError
+from .fgd import FGD
+
+DIRECTIONS: dict[str, type[Directions]] = {"normal": Normal, "rademacher": Rademacher}
+MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+Step = Callable[[Tensor, Tensor], Tensor]
+Draw = Callable[[list[Tensor], int], list[Tensor]]
+
+
+@dataclass(frozen=True)
+class Config:
+    """What a comparison trains, and how long.
+
+    Attributes:
+        methods: names from `METHODS`.
+        iterations: steps of each method; equal for all, as in the paper.
+        batch: images a step.
+        lr: learning rate at iteration 0.
+        decay: k in lr exp(-k i), the learning rate at iteration i, for every method.
+        runs: independent runs; run r uses seed + r for weights, batches and directions.
+        seed: of the first run.
+        directions: "normal" or "rademacher".
+        samples: directions a step, for the forward-gradient methods.
+        every: steps between two looks at the validation set; their time does not count.
+        compile: False runs `fgd` as generated; a method whose name ends in -compiled compiles.
+        mode: torch.compile's mode.
+        skip_nonfinite: leaves steps out that are not finite, in place of stopping.
+
+    Raises:
+        ValueError: a number out of range, or an unknown name.
+
+    Example:
+        >>> Config(methods=("fgd", "backprop"), iterations=100, directions="rademacher")
+    """
+
+    methods: tuple[str, ...] = ("fgd", "backprop", "backprop-compiled")
+    iterations: int = 1000
+    batch: int = 64
+    lr: float = 2e-4
+    decay: float = 1e-4
+    runs: int = 1
+    seed: int = 0
+    directions: str = "normal"
+    samples: int = 1
+    every: int = 50
+    compile: bool = True
+    mode: str = "default"
+    skip_nonfinite: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("iterations", "batch", "runs", "samples", "every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if not self.methods or len(set(self.methods)) < len(self.methods):
+            raise ValueError(f"name each method once, not {', '.join(self.methods) or 'none'}")
+        for method in self.methods:
+            _known("method", method, METHODS)
+        _known("kind of directions", self.directions, DIRECTIONS)
+        _known("mode of torch.compile", self.mode, MODES)
+        if not (0 < self.lr < math.inf and 0 <= self.decay < math.inf):
+            raise ValueError(
+                f"lr must be positive and decay not negative, not {self.lr} and {self.decay}"
+            )
+
+    def compiles(self, method: str) -> bool:
+        """Whether the step of a method is compiled."""
+        return method.endswith("-compiled") or (method == "fgd" and self.compile)
+
+
+def fgd(model: nn.Module, config: Config, seed: int) -> Step:
+    """Forward gradient descent, one graph a step."""
+    trainer = FGD(
+        model,
+        cross_entropy,
+        lr=config.lr,
+        decay=config.decay,
+        directions=DIRECTIONS[config.directions](),
+        samples=config.samples,
+        seed=seed,
+        compile=config.compile,
+        mode=config.mode,
+        nonfinite="skip" if config.skip_nonfinite else "raise",
+    )
+    return trainer.step
+
+
+def backprop(model: nn.Module, config: Config, seed: int, compiled: bool = False) -> Step:
+    """Backpropagation and SGD; `compiled` compiles forward and backward, the update is fused.
+
+    Only the loss is looked at for infinities: a look at every gradient would slow the rival down.
+    """
+    optimizer = torch.optim.SGD(model.parameters(), lr=config.lr, fused=True)
+
+    def objective(x: Tensor, y: Tensor) -> Tensor:
+        return cross_entropy(model(x), y)
+
+    run = _compiled(objective, config) if compiled else objective
+    iteration = 0
+
+    def step(x: Tensor, y: Tensor) -> Tensor:
+        nonlocal iteration
+        optimizer.zero_grad()
+        optimizer.param_groups[0]["lr"] = config.lr * math.exp(-config.decay * iteration)
+        loss: Tensor = run(x, y)
+        if torch.isfinite(loss):
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+        else:
+            _refuse(loss, iteration, config)
+        iteration += 1
+        return loss.detach()
+
+    return step
+
+
+def torch_jvp(model: nn.Module, config: Config, seed: int, compiled: bool = False) -> Step:
+    """The peer: forward gradient descent over torch.func.jvp.
+
+    Directions come from torch's generator where the step is eager, from hashed counters where it
+    is compiled: each is the faster way there.
+    """
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    device = next(iter(parameters.values())).device
+    count = torch.zeros((), dtype=torch.int64, device=device)
+    draw = _hashed(config, seed, count) if compiled else _generated(config, seed, device)
+
+    def update(x: Tensor, y: Tensor, values: list[Tensor]) -> tuple[Tensor, Tensor]:
+        def objective(*ps: Tensor) -> Tensor:
+            out = functional_call(model, dict(zip(parameters, ps, strict=True)), (x,))
+            return cross_entropy(out, y)
+
+        rate = config.lr * torch.exp(-config.decay * count) / config.samples
+        moves = [torch.zeros((), dtype=value.dtype, device=device) for value in values]
+        finite = torch.ones((), dtype=torch.bool, device=device)
+        for sample in range(config.samples):
+            dots = draw(values, sample)
+            loss, slope, *_ = torch.func.jvp(objective, tuple(values), tuple(dots))
+            moves = [move + dot * (rate * slope) for move, dot in zip(moves, dots, strict=True)]
+            finite = finite & torch.isfinite(loss) & torch.isfinite(slope)
+        for value, move in zip(values, moves, strict=True):
+            value.sub_(torch.where(finite, move, 0.0))
+        return loss, finite
+
+    run = _compiled(update, config) if compiled else update
+
+    @torch.no_grad()
+    def step(x: Tensor, y: Tensor) -> Tensor:
+        loss, finite = run(x, y, [p.detach() for p in parameters.values()])
+        if not finite:
+            _refuse(loss, int(count), config)
+        count.add_(1)
+        return loss.clone()
+
+    return step
+
+
+METHODS: dict[str, Callable[[nn.Module, Config, int], Step]] = {
+    "fgd": fgd,
+    "backprop": backprop,
+    "backprop-compiled": functools.partial(backprop, compiled=True),
+    "torch-jvp": torch_jvp,
+    "torch-jvp-compiled": functools.partial(torch_jvp, compiled=True),
+}
+
+
+def _compiled(function: Callable[..., object], config: Config) -> Callable[..., Any]:
+    return torch.compile(function, fullgraph=True, dynamic=False, mode=config.mode)
+
+
+def _refuse(loss: Tensor, iteration: int, config: Config) -> None:
+    if not config.skip_nonfinite:
+        raise NonFiniteError(
+            f"iteration {iteration}: the loss ({float(loss):g}) or its derivative is not finite; "
+            "this step changed nothing. Lower the learning rate, or leave such steps out."
+        )
+
+
+def _hashed(config: Config, seed: int, count: Tensor) -> Draw:
+    source, start = DIRECTIONS[config.directions](), torch.full_like(count, seed)
+
+    def draw(values: list[Tensor], sample: int) -> list[Tensor]:
+        key = stream_key(start, count, sample)
+        return [
+            source.draw(value.shape, key=key, parameter=number, dtype=value.dtype)
+            for number, value in enumerate(values)
+        ]
+
+    return draw
+
+
+def _generated(config: Config, seed: int, device: torch.device) -> Draw:
+    generator = torch.Generator(device).manual_seed(seed % 2**63)
+
+    def draw(values: list[Tensor], sample: int) -> list[Tensor]:
+        if config.directions == "normal":
+            return [torch.empty_like(v).normal_(generator=generator) for v in values]
+        return [
+            torch.empty_like(v).random_(0, 2, generator=generator).mul_(2).sub_(1) for v in values
+        ]
+
+    return draw
+
+
+def _known(what: str, name: str, names: Iterable[str]) -> None:
+    if name not in names:
+        raise ValueError(f"no {what} is called {name!r}; there are {', '.join(names)}")
