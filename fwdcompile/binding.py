@@ -16,18 +16,23 @@ from .program import Slot, is_differentiable
 Tangents = Mapping[str, Tensor]
 
 
-def call_values(model: Model, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+def call_values(
+    model: Model, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, str]]:
     """Everything a call can be differentiated by: parameters, buffers and input leaves by name.
+
+    The second result is `tied_names` of the parameters and buffers.
 
     Raises:
         TangentError: an argument has the name of a parameter or buffer.
     """
     values: dict[str, Any] = named_state(model, "parameter") | named_state(model, "buffer")
+    tied = tied_names(values)
     for name, leaf in input_leaves(model, args, kwargs):
         if name in values:
             raise TangentError(f"argument {name!r} has the name of a parameter; rename one of them")
         values[name] = leaf
-    return values
+    return values, tied
 
 
 def state_homes(model: Model) -> dict[str, tuple[dict[str, Any], str]]:
@@ -40,17 +45,12 @@ def state_homes(model: Model) -> dict[str, tuple[dict[str, Any], str]]:
     return homes
 
 
-def tied_names(values: Mapping[str, Any]) -> dict[str, str]:
-    """The further names of each tensor that has several, with the one it was first met by."""
+def tied_names(state: Mapping[str, Tensor]) -> dict[str, str]:
+    """Each further name of a tied parameter or buffer, with the name it was first met by."""
     first: dict[int, str] = {}
-    for name, x in values.items():
-        if isinstance(x, Tensor):
-            first.setdefault(id(x), name)
-    return {
-        name: first[id(x)]
-        for name, x in values.items()
-        if isinstance(x, Tensor) and first[id(x)] != name
-    }
+    for name, x in state.items():
+        first.setdefault(id(x), name)
+    return {name: first[id(x)] for name, x in state.items() if first[id(x)] != name}
 
 
 def check_tangents(

@@ -72,7 +72,7 @@ def capture(model: Model, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Pro
         >>> capture(torch.tanh, (torch.zeros(3),), {}).graph.print_tabular()
     """
     root = Root(model)
-    exported = _export(root, tuple(args), dict(kwargs))
+    exported = _export(root, *_distinct(model, args, kwargs))
     paths = [path for path, _ in input_leaves(model, args, kwargs)]
     return _program(exported, root, paths)
 
@@ -155,9 +155,31 @@ def register_dataclasses(tree: Any) -> None:
 
 
 def user_frame(frames: Sequence[traceback.FrameSummary]) -> traceback.FrameSummary | None:
-    """The innermost frame that lies neither in torch nor in this package."""
-    own = (_TORCH, _HERE, "<")
-    return next((f for f in reversed(frames) if not f.filename.startswith(own)), None)
+    """The innermost frame of the model's own code, that is, outside torch and inside capture."""
+    for frame in reversed(frames):
+        if frame.filename.startswith(_HERE):
+            return None
+        if not frame.filename.startswith((_TORCH, "<")):
+            return frame
+    return None
+
+
+def _distinct(
+    model: Model, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The inputs with every tensor an object of its own: export takes equal objects for one."""
+    state = named_state(model, "parameter") | named_state(model, "buffer")
+    seen = {id(x) for x in state.values()}
+
+    def fresh(x: Tensor) -> Tensor:
+        if id(x) in seen:
+            return torch.empty_like(x, requires_grad=x.requires_grad)
+        seen.add(id(x))
+        return x
+
+    inputs = (tuple(args), dict(kwargs))
+    distinct: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map_only(Tensor, fresh, inputs)
+    return distinct
 
 
 def _positional_names(model: Model, count: int) -> list[str]:
@@ -221,7 +243,7 @@ def _refuse_autograd_functions() -> Iterator[None]:
     def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
         if cls.__module__.startswith("torch."):
             return original(cls, *args, **kwargs)
-        frame = user_frame(traceback.extract_stack())
+        frame = user_frame(traceback.extract_stack()[:-1])
         where = f"{frame.filename}:{frame.lineno}: {frame.line}" if frame else "unknown line"
         raise CaptureError(
             f"{where}\n  {cls.__qualname__} is a torch.autograd.Function: capture would inline its "
@@ -249,14 +271,15 @@ def _explain(error: Exception) -> str:
 def _program(exported: ExportedProgram, root: Root, paths: list[str]) -> Program:
     graph = fx.Graph()
     results: Any = graph.graph_copy(exported.graph, {})
-    for node in graph.nodes:
+    for node in list(graph.nodes):
         _mark_source(node)
+        if node.target is torch.ops.aten._assert_tensor_metadata.default:
+            graph.erase_node(node)  # what it asserts holds for every call of this program
     aliases = _aliases(root.model)
     inputs = _inputs(graph, exported, iter(paths), aliases)
     nodes, slots, leaves = _outputs(results, exported, inputs, aliases)
     graph.output(tuple(nodes))
-    names = {node: identifier(_qualified(slot.name)) for slot, node in inputs.items()}
-    rename(graph, names | {node: _tidy(node) for node in graph.nodes if node.op == "call_function"})
+    _rename(graph, inputs)
     return Program(
         graph,
         tuple(inputs),
@@ -268,11 +291,18 @@ def _program(exported: ExportedProgram, root: Root, paths: list[str]) -> Program
     )
 
 
+def _rename(graph: fx.Graph, inputs: Mapping[Slot, fx.Node]) -> None:
+    """Inputs get their slot's name, ops that of the op, items of a result `<op>_out0`."""
+    names = {node: identifier(_qualified(slot.name)) for slot, node in inputs.items()}
+    calls = [node for node in graph.nodes if node.op == "call_function"]
+    rename(graph, names | {node: _tidy(node) for node in calls if node.target is not getitem})
+    items = {node: node.args for node in calls if node.target is getitem}
+    named = {node: node.name for node in graph.nodes if node not in items}
+    rename(graph, named | {n: f"{source.name}_out{i}" for n, (source, i) in items.items()})  # type: ignore
+
+
 def _tidy(node: fx.Node) -> str:
-    """A short name: items of a result are `<op>_0`, and internal op names lose their affixes."""
-    if node.target is getitem:
-        source, index = node.args
-        return f"{_tidy(source)}_{index}"  # type: ignore[arg-type]
+    """The op's name without what only torch's internals need."""
     name = op_name(node).removesuffix("_functional").removesuffix("_no_training")
     return name.removesuffix("_legit").removeprefix("native_")
 

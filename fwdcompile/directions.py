@@ -68,9 +68,12 @@ class Rademacher(Directions):
     def draw(
         self, shape: Sequence[int], *, key: Tensor, parameter: int, dtype: torch.dtype
     ) -> Tensor:
-        """The sign of one hashed word for each element."""
-        words = _words(key, parameter, math.prod(shape))
-        return ((words >> 31) | 1).to(dtype).view(tuple(shape))
+        """Each word gives the signs of 32 neighbours: the hash costs more than the shift."""
+        count = math.prod(shape)
+        words = _words(key, parameter, (count + 31) // 32)
+        bits = torch.arange(32, dtype=torch.int32, device=key.device)
+        signs = ((words[:, None] << bits) >> 31) | 1
+        return signs.view(-1)[:count].to(dtype).view(tuple(shape))
 
 
 def stream_key(seed: Tensor, step: Tensor, sample: int = 0) -> Tensor:
@@ -122,7 +125,7 @@ def _signed(word: int) -> int:
 
 
 def _uniform(words: Tensor, dtype: torch.dtype) -> Tensor:
-    """Numbers in (0, 1], never 0: 32 bits in float64, the 24 that float32 holds otherwise."""
-    if dtype == torch.float64:
-        return (words.to(dtype) + (_WORD // 2 + 0.5)) / _WORD
-    return (_shift(words, 8).to(dtype) + 0.5) * 2**-24
+    """Numbers in (0, 1], never 0, the same but for rounding in every dtype."""
+    # two halves: a float32 of the whole word would round the smallest numbers coarsely
+    low = ((words & 0xFFFF).to(dtype) + 0.5) * 2**-16
+    return (_shift(words, 16).to(dtype) + low) * 2**-16

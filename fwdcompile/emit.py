@@ -48,6 +48,7 @@ _INFIX: dict[Any, tuple[str, int]] = {
     aten.ne.Scalar: ("!=", 1),
     aten.ne.Tensor: ("!=", 1),
 }
+_WHERE = {aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf}
 _DTYPES = {
     torch.float64: "f64", torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16",
     torch.complex64: "c64", torch.complex128: "c128", torch.bool: "b8", torch.uint8: "u8",
@@ -197,16 +198,17 @@ def _function(program: Program) -> Iterator[str]:
             yield f"{_INDENT}{node.name}: {shape_text(value(node))},"
     yield "):"
     writer = _Writer(program.graph)
-    where: tuple[str, str] = ("", "")
+    where = ("", "")
     for statement in writer.statements():
-        here = (statement.node.meta.get("module", ""), location(statement.node))
+        module = statement.node.meta.get("module", "")
+        here = (module, location(statement.node) or (module and f"module {module}"))
         if here != where and here[1]:
             yield from [""] * (here[0] != where[0] and where[1] != "")
             yield from [f"{_INDENT}# {here[1]}"[: WIDTH + 4]] * (here[1] != where[1])
             where = here
-        yield f"{_INDENT}{statement.text}"
+        yield from _wrapped(statement.text)
         if statement.dead:
-            yield f"{_INDENT}del {', '.join(statement.dead)}"
+            yield from _wrapped(f"del {', '.join(statement.dead)}")
     results = [node.name for node in output_nodes(program.graph)]
     text = f"{_INDENT}return ({', '.join(results)}{',' * (len(results) == 1)})"
     if len(text) <= WIDTH + 4:
@@ -215,6 +217,19 @@ def _function(program: Program) -> Iterator[str]:
         yield f"{_INDENT}return ("
         yield from (f"{_INDENT * 2}{name}," for name in results)
         yield f"{_INDENT})"
+
+
+def _wrapped(text: str) -> Iterator[str]:
+    """Breaks a long line behind a comma; a list of names to delete becomes several lines."""
+    indent, again = _INDENT, "del " if text.startswith("del ") else ""
+    while len(text) > (room := WIDTH + 4 - len(indent)):
+        start = 1 if text.startswith("(") else text.find(" = ") + 1
+        cut = max(text.rfind(", ", start, room), text.rfind("(", start, room))
+        if cut < 0:
+            break
+        yield indent + text[: cut + (not again)]
+        indent, text = _INDENT * (1 if again else 2), again + text[cut + 1 :].lstrip()
+    yield indent + text
 
 
 @dataclass
@@ -248,7 +263,7 @@ class _Writer:
             if not isinstance(value(node), Tensor):
                 self._write_unpacking(node)
             elif self._is_inline(node):
-                self.pending[node] = self._expression(node)
+                self.pending[node] = self._expression(node, WIDTH // 3)
             else:
                 self._write(node)
         self._bury()
@@ -267,7 +282,8 @@ class _Writer:
             expression.text += f"[{index}]"
             start = f"{item.name}: {shape_text(value(item))} = "
         else:
-            start = ", ".join(names) + " = "
+            start = ", ".join(names)
+            start = f"({start}) = " if len(start) > WIDTH // 2 else f"{start} = "
         self._append(node, start, expression, tuple(n for n in names if n != "_"))
 
     def _append(
@@ -334,8 +350,8 @@ def _call_text(node: fx.Node, operand: Any) -> tuple[str, int]:
         return f"{operand(args[1])} - {operand(args[0], 5)}", 4
     if op is aten.neg.default:
         return f"-{operand(args[0], 6)}", 6
-    name = str(op).removesuffix(".default")
-    prefix = "" if name.startswith("aten.") else "torch.ops."
+    name = "torch.where" if op in _WHERE else str(op).removesuffix(".default")
+    prefix = "" if name.startswith(("aten.", "torch.")) else "torch.ops."
     keywords = [f"{k}={operand(v)}" for k, v in kwargs.items() if not _is_usual(k, v)]
     return f"{prefix}{name}({', '.join([operand(a) for a in args] + keywords)})", _ATOM
 

@@ -25,7 +25,6 @@ from .binding import (
     check_tangents,
     signature_of,
     store,
-    tied_names,
 )
 from .capture import Model, capture, input_leaves, modules_of
 from .emit import emit, execute
@@ -114,8 +113,7 @@ class Forward:
             >>> fwd = fwdcompile.transform(torch.nn.Linear(3, 2))
             >>> y, y_dot = fwd(torch.ones(3), tangents={"input": torch.ones(3)})
         """
-        values = call_values(self.base, args, kwargs)
-        tied = tied_names(values)
+        values, tied = call_values(self.base, args, kwargs)
         several = not isinstance(tangents, Mapping)
         each = [tangents] if isinstance(tangents, Mapping) else list(tangents)
         dots = [check_tangents(one, values, tied) for one in each]
@@ -150,9 +148,8 @@ class Forward:
         Returns:
             The generated program; `code`, `stages` and `graph()` of this object show it, too.
         """
-        values = call_values(self.base, args, kwargs)
+        values, tied = call_values(self.base, args, kwargs)
         names = self._chosen(tangents, values)
-        tied = tied_names(values)
         kept = tuple(dict.fromkeys(tied.get(name, name) for name in names))
         request = _Request((kept,) * self.depth, directions, self.depth > 1)
         return self._lowered(args, kwargs, request)

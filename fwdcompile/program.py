@@ -87,7 +87,7 @@ def output_nodes(graph: fx.Graph) -> tuple[fx.Node, ...]:
 
 def value(node: fx.Node) -> Any:
     """The fake value recorded for a node: a FakeTensor, a sequence of them, or a number."""
-    return node.meta["val"]
+    return node.meta.get("val")
 
 
 def is_differentiable(x: object) -> bool:

@@ -50,7 +50,7 @@ class Saved:
             TangentError: other names, shapes or dtypes than the program was made for.
         """
         values = self._values([x for x in pytree.tree_leaves((args, kwargs)) if _is_tensor(x)])
-        tied = tied_names(values)
+        tied = tied_names(self._state)
         several = not isinstance(tangents, Mapping)
         each = [tangents] if isinstance(tangents, Mapping) else list(tangents)
         dots = [check_tangents(one, values, tied) for one in each]

@@ -131,13 +131,26 @@ class _Transform:
 
     def _mark(self, node: fx.Node, before: fx.Node) -> None:
         """Labels what a rule has added behind `before` for the tangents of `node`."""
-        last = {dot: k for k, dot in enumerate(self.dots.get(node, ())) if isinstance(dot, fx.Node)}
+        labels = self._labels(node)
         added = before.next
         while added.op != "root":
-            role = "tangent" if added in last else "glue"
-            added.meta |= {"role": role, "of": node.name, "direction": last.get(added, 0)}
+            of, direction = labels.get(added, (node.name, 0))
+            role = "tangent" if added in labels else "glue"
+            added.meta |= {"role": role, "of": of, "direction": direction}
             added.meta |= {key: node.meta[key] for key in ("source", "module") if key in node.meta}
             added = added.next
+
+    def _labels(self, node: fx.Node) -> dict[fx.Node, tuple[str, int]]:
+        """The tangents of a node, or of its items, with the primal's name and their direction."""
+        items = {user.args[1]: user.name for user in node.users if user.target is getitem}
+        labels: dict[fx.Node, tuple[str, int]] = {}
+        for k, dot in enumerate(self.dots.get(node, ())):
+            if isinstance(dot, fx.Node):
+                labels[dot] = (node.name, k)
+            for i, part in enumerate(dot if isinstance(dot, tuple) else ()):
+                if part is not None and i in items:
+                    labels[part] = (items[i], k)
+        return labels
 
     def _differentiate(self, node: fx.Node) -> None:
         if node.target is getitem:
@@ -245,8 +258,14 @@ class _Transform:
                 number = node.meta["direction"] if len(self.directions) > 1 else ""
                 names[node] = f"{node.meta['of']}_dot{number}"
         glue = (node for node in self.graph.nodes if node.meta.get("role") == "glue")
-        names |= {node: op_name(node) for node in glue if node not in names}
+        names |= {node: self._glue_name(node, names) for node in glue if node not in names}
         rename(self.graph, names)
+
+    def _glue_name(self, node: fx.Node, names: dict[fx.Node, str]) -> str:
+        if node.target is not getitem:
+            return op_name(node)
+        source, index = node.args
+        return f"{names.get(source, op_name(source))}_out{index}"  # type: ignore[call-overload,arg-type]
 
     def _zeros(self, node: fx.Node) -> fx.Node:
         with self.recorder.active():

@@ -43,12 +43,14 @@ class Pair:
 class Decoder(nn.Module):
     """A GPT-2-style decoder: causal attention, layer norm before each block, tied weights."""
 
-    def __init__(self, vocabulary: int = 11, width: int = 16, heads: int = 2, depth: int = 2) -> None:
+    def __init__(
+        self, vocabulary: int = 11, width: int = 16, heads: int = 2, depth: int = 2
+    ) -> None:
         super().__init__()
         self.heads = heads
         self.tokens = nn.Embedding(vocabulary, width)
         self.places = nn.Embedding(12, width)
-        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
+        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(2))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, vocabulary, bias=False)
         self.head.weight = self.tokens.weight
@@ -129,5 +131,3 @@ def reverse_jvp(model: nn.Module, loss: Tensor, dots: dict[str, Tensor]) -> Tens
 
 def difference(function: Any, x: Tensor, v: Tensor, step: float = 1e-5) -> Tensor:
     return (function(x + step * v) - function(x - step * v)) / (2 * step)
-
-

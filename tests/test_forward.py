@@ -6,7 +6,6 @@ import pytest
 import torch
 from nets import Decoder, Flow, Lstm, Mlp, Pair, Tied, difference, directions, reverse_jvp
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 import fwdcompile
 
@@ -39,7 +38,9 @@ def test_absent_tangents_cost_no_node() -> None:
 
     def count(names: list[str]) -> int:
         stages = fwd.lower(x, tangents=names).stages
-        ops = [sum(n.op == "call_function" for n in stages[s].nodes) for s in ("capture", "simplify")]
+        ops = [
+            sum(n.op == "call_function" for n in stages[s].nodes) for s in ("capture", "simplify")
+        ]
         return ops[1] - ops[0]
 
     assert count(["fc2.bias"]) == 1  # one expand: the bias goes to every row
@@ -119,7 +120,7 @@ def test_tied_parameters_are_one() -> None:
     u = torch.randn_like(y)
     close((u * y_dot).sum(), reverse_jvp(model, (u * y).sum(), dots))
     with pytest.raises(fwdcompile.TangentError, match="tied"):
-        fwd(tokens, tangents={n: dots["embed.weight"] for n in ("head.weight", "embed.weight")})
+        fwd(tokens, tangents=dict.fromkeys(("head.weight", "embed.weight"), dots["embed.weight"]))
 
 
 def test_dropout_uses_the_primal_mask() -> None:
@@ -136,9 +137,15 @@ def test_dropout_uses_the_primal_mask() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_tangents_have_the_dtype_of_the_primal(dtype: torch.dtype) -> None:
     x = torch.randn(3, dtype=dtype)
-    y, y_dot = fwdcompile.transform(F.softplus)(x, tangents={"input": torch.ones_like(x)})
+    y, y_dot = fwdcompile.transform(nn.Softplus())(x, tangents={"input": torch.ones_like(x)})
     assert y_dot.dtype == y.dtype == dtype
     close(y_dot.float(), torch.sigmoid(x.float()), rtol=2e-2)
+
+
+def test_casts_inside_the_model() -> None:
+    x = torch.randn(3, dtype=F64)
+    y, y_dot = fwdcompile.jvp(lambda z: z.float().exp().double(), (x,), (torch.ones_like(x),))
+    close(y_dot, y)
 
 
 def test_scalars_and_mixed_dtypes() -> None:
@@ -277,9 +284,7 @@ def test_jvp_is_that_of_torch_func() -> None:
     def with_aux(a: Tensor) -> Any:
         return a * a, a + 1
 
-    mine, theirs = (
-        f(with_aux, (x,), (y,), has_aux=True) for f in (fwdcompile.jvp, torch.func.jvp)
-    )
+    mine, theirs = (f(with_aux, (x,), (y,), has_aux=True) for f in (fwdcompile.jvp, torch.func.jvp))
     torch.testing.assert_close(mine, theirs)
     with pytest.raises(fwdcompile.TangentError, match="structure"):
         fwdcompile.jvp(function, primals, (y, y))
@@ -312,5 +317,3 @@ def test_integer_arguments_have_no_tangent() -> None:
 def test_nothing_to_show_before_the_first_call() -> None:
     with pytest.raises(fwdcompile.FwdcompileError, match="lower"):
         _ = fwdcompile.transform(Mlp()).code
-
-

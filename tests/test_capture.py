@@ -1,0 +1,155 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from nets import Mlp
+from torch import Tensor, nn
+
+import fwdcompile
+from fwdcompile.capture import capture, input_leaves
+from fwdcompile.program import location
+
+
+def ops(model: Any, *args: Any) -> list[str]:
+    graph = capture(model, args, {}).graph
+    return [str(node.target) for node in graph.nodes if node.op == "call_function"]
+
+
+def test_the_table_decides_how_far_ops_are_lowered() -> None:
+    assert ops(Mlp(), torch.zeros(2, 6)) == [
+        "aten.linear.default",
+        "aten.tanh.default",
+        "aten.linear.default",
+    ]
+
+
+def test_the_generator_is_left_alone() -> None:
+    before = torch.random.get_rng_state()
+    capture(nn.Dropout(0.5), (torch.ones(5),), {})
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_source_lines_are_the_users() -> None:
+    def helper(x: Tensor) -> Tensor:
+        return x.sin()  # this very line
+
+    program = capture(lambda x: helper(x) * 2, (torch.zeros(3),), {})
+    (unknown,) = [
+        location(node)
+        for node in capture(nn.ReLU(), (torch.zeros(3),), {}).graph.nodes
+        if node.op == "call_function"
+    ]
+    assert unknown == ""
+    lines = {str(node.target): location(node) for node in program.graph.nodes}
+    assert "tests/test_capture.py" in lines["aten.sin.default"]
+    assert "this very line" in lines["aten.sin.default"]
+
+
+def test_leaves_are_named_by_argument_and_path() -> None:
+    def model(x: Tensor, *rest: Tensor, flag: bool = True, more: Any = None) -> None: ...
+
+    z = torch.zeros(1)
+    named = input_leaves(model, (z, z, {"a": [z]}), {"more": {"b": z}})
+    assert [name for name, _ in named] == ["x", "rest.0", "rest.1.a.0", "more.b"]
+
+
+def test_a_stopped_gradient_stays_stopped() -> None:
+    x, v = torch.randn(3), torch.ones(3)
+    _, y_dot = fwdcompile.jvp(lambda z: z.detach() * z, (x,), (v,))
+    torch.testing.assert_close(y_dot, x)
+    straight = lambda z: z + (z.round() - z).detach()  # noqa: E731
+    assert torch.equal(fwdcompile.jvp(straight, (x,), (v,))[1], v)
+
+
+def test_no_grad_does_not_stop_a_tangent() -> None:
+    def model(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            return x.sin()
+
+    x = torch.randn(3)
+    theirs = torch.func.jvp(model, (x,), (torch.ones(3),))
+    torch.testing.assert_close(fwdcompile.jvp(model, (x,), (torch.ones(3),)), theirs)
+
+
+class Lying(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * x
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient * 100
+
+
+def test_autograd_functions_are_refused() -> None:
+    with pytest.raises(fwdcompile.CaptureError, match=r"(?s)test_capture.py.*Lying.*custom_op"):
+        capture(lambda x: Lying.apply(x), (torch.ones(2),), {})
+
+
+def test_branching_on_data_names_the_line() -> None:
+    def model(x: Tensor) -> Tensor:
+        if x.sum() > 0:  # the branch
+            return x
+        return -x
+
+    with pytest.raises(fwdcompile.CaptureError) as error:
+        capture(model, (torch.ones(2),), {})
+    assert "the branch" in str(error.value)
+    assert "torch.where" in str(error.value)
+
+
+def test_errors_of_the_model_name_the_line() -> None:
+    with pytest.raises(fwdcompile.CaptureError, match=r"test_capture.py:\d+"):
+        capture(lambda x: x @ x, (torch.ones(2, 3),), {})
+
+
+def test_an_argument_may_not_have_a_parameters_name() -> None:
+    class Same(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.x = nn.Parameter(torch.ones(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.x * x
+
+    with pytest.raises(fwdcompile.TangentError, match="rename"):
+        fwdcompile.transform(Same())(torch.ones(2), tangents={"x": torch.ones(2)})
+
+
+def test_one_tensor_passed_twice_is_two_inputs() -> None:
+    def model(a: Tensor, b: Tensor) -> Tensor:
+        return a * b.sin()
+
+    x, y, v = torch.randn(3), torch.randn(3), torch.ones(3)
+    fwd = fwdcompile.transform(model)
+    torch.testing.assert_close(fwd(x, x, tangents={"a": v})[1], x.sin())
+    torch.testing.assert_close(fwd(x, y, tangents={"a": v})[1], y.sin())
+    net = nn.Linear(3, 3, bias=False)
+    both = fwdcompile.transform(lambda x: net(x) * x)
+    dots = {"net.weight": torch.ones(3, 3)}
+    both(net.weight, tangents=dots)
+    z = torch.randn(3, 3)
+    torch.testing.assert_close(both(z, tangents=dots)[1], (z @ torch.ones(3, 3)) * z)
+
+
+def test_constants_of_the_model() -> None:
+    def model(x: Tensor) -> Tensor:
+        return x * torch.tensor([1.0, 2.0, 3.0])
+
+    x = torch.randn(3)
+    y, y_dot = fwdcompile.jvp(model, (x,), (torch.ones(3),))
+    torch.testing.assert_close(y, model(x))
+    torch.testing.assert_close(y_dot, torch.tensor([1.0, 2.0, 3.0]))
+
+
+def test_keyword_only_and_default_arguments() -> None:
+    def model(x: Tensor, power: int = 2, *, shift: float = 0.5) -> Tensor:
+        return (x + shift) ** power
+
+    fwd = fwdcompile.transform(model)
+    x = torch.randn(3, dtype=torch.float64)
+    v = {"x": torch.ones_like(x)}
+    torch.testing.assert_close(fwd(x, tangents=v)[1], 2 * (x + 0.5))
+    torch.testing.assert_close(fwd(x, 3, shift=1.0, tangents=v)[1], 3 * (x + 1) ** 2)

@@ -1,0 +1,199 @@
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import pytest
+import torch
+from nets import Mlp, Tied
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import fwdcompile
+from fwdcompile import FGD, ForwardGradient, Normal, Rademacher
+from fwdcompile.directions import stream_key
+
+X, Y = torch.randn(16, 6, generator=torch.Generator().manual_seed(1)), torch.arange(16) % 3
+
+
+def drawn(model: nn.Module, source: Any, step: int, sample: int = 0, seed: int = 0) -> list[Tensor]:
+    key = stream_key(torch.tensor(seed), torch.tensor(step), sample)
+    return [
+        source.draw(p.shape, key=key, parameter=i, dtype=p.dtype)
+        for i, p in enumerate(model.parameters())
+    ]
+
+
+@pytest.mark.parametrize("source", [Normal(), Rademacher()])
+def test_step_is_algorithm_one(source: Any) -> None:
+    model = Mlp().double()
+    x = X.double()
+    twin = copy.deepcopy(model)
+    fgd = FGD(model, F.cross_entropy, lr=0.1, decay=0.5, directions=source, compile=False)
+    for i in range(3):
+        loss = F.cross_entropy(twin(x), Y)
+        gradients = torch.autograd.grad(loss, list(twin.parameters()))
+        v = drawn(twin, source, i)
+        slope = sum((g * d).sum() for g, d in zip(gradients, v, strict=True))
+        with torch.no_grad():
+            for p, d in zip(twin.parameters(), v, strict=True):
+                p -= 0.1 * math.exp(-0.5 * i) * slope * d
+        torch.testing.assert_close(fgd.step(x, Y), loss.detach())
+        for mine, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+            torch.testing.assert_close(mine, theirs)
+    assert fgd.iteration == 3
+    assert fgd.lr == pytest.approx(0.1 * math.exp(-1.5))
+
+
+def test_forward_gradient_is_unbiased() -> None:
+    model = nn.Linear(4, 3).double()
+    x, y = torch.randn(8, 4, dtype=torch.float64), torch.arange(8) % 3
+    expected = torch.autograd.grad(F.cross_entropy(model(x), y), list(model.parameters()))
+    grad = ForwardGradient(model, F.cross_entropy, samples=8, compile=False)
+    draws: list[Tensor] = []
+    for _ in range(500):
+        model.zero_grad()
+        grad(x, y)
+        draws.append(torch.cat([p.grad.flatten() for p in model.parameters()]))  # type: ignore
+    stacked = torch.stack(draws)
+    error = (stacked.mean(0) - torch.cat([g.flatten() for g in expected])).abs()
+    assert (error < 4.5 * stacked.std(0) / math.sqrt(len(draws))).all()
+
+
+def test_samples_differ_and_are_averaged() -> None:
+    model = Mlp().double()
+    grad = ForwardGradient(model, F.cross_entropy, samples=3, compile=False)
+    x = X.double()
+    grad(x, Y)
+    gradients = torch.autograd.grad(F.cross_entropy(model(x), Y), list(model.parameters()))
+    total = [torch.zeros_like(p) for p in model.parameters()]
+    for k in range(3):
+        v = drawn(model, Normal(), 0, k)
+        slope = sum((g * d).sum() for g, d in zip(gradients, v, strict=True))
+        total = [t + slope * d / 3 for t, d in zip(total, v, strict=True)]
+    for p, expected in zip(model.parameters(), total, strict=True):
+        torch.testing.assert_close(p.grad, expected)
+
+
+OPTIMIZERS: list[Any] = [
+    lambda ps: torch.optim.SGD(ps, lr=0.01),
+    lambda ps: torch.optim.SGD(ps, lr=0.01, momentum=0.9),
+    lambda ps: torch.optim.Adam(ps, lr=0.01),
+    lambda ps: torch.optim.AdamW(ps, lr=0.01),
+]
+
+
+@pytest.mark.parametrize("make", OPTIMIZERS)
+def test_optimizers_schedulers_and_clipping(make: Any) -> None:
+    model = Mlp()
+    optimizer = make(model.parameters())
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 50)
+    grad = ForwardGradient(model, F.cross_entropy, directions=Rademacher(), compile=False)
+    losses = []
+    for _ in range(150):
+        optimizer.zero_grad()
+        losses.append(float(grad(X, Y)))
+        nn.utils.clip_grad_norm_(model.parameters(), 5.0)
+        optimizer.step()
+        schedule.step()
+    assert sum(losses[-20:]) < sum(losses[:20])
+
+
+def test_gradients_accumulate_as_autograds_do() -> None:
+    model = Mlp()
+    grad = ForwardGradient(model, F.cross_entropy, compile=False)
+    grad(X, Y)
+    first = [p.grad.clone() for p in model.parameters()]  # type: ignore[union-attr]
+    twin = ForwardGradient(model, F.cross_entropy, compile=False)
+    twin(X, Y)
+    for p, g in zip(model.parameters(), first, strict=True):
+        torch.testing.assert_close(p.grad, 2 * g)
+
+
+def test_frozen_parameters_stay_and_buffers_move() -> None:
+    model = Tied()
+    model.norm.weight.requires_grad_(False)
+    frozen = model.norm.weight.clone()
+    fgd = FGD(model, F.cross_entropy, lr=0.1, compile=False)
+    before = model.embed.weight.detach().clone()
+    tokens = torch.tensor([0, 1, 2, 3])
+    fgd.step(tokens, tokens)
+    assert torch.equal(model.norm.weight, frozen)
+    assert not torch.equal(model.embed.weight, before)
+    assert model.head.weight is model.embed.weight
+    assert int(model.norm.num_batches_tracked) == 1
+
+
+def test_non_finite_steps_change_nothing() -> None:
+    model = Tied()
+    fgd = FGD(model, lambda y, t: F.cross_entropy(y, t) / 0, lr=0.1, compile=False)
+    state = copy.deepcopy(model.state_dict())
+    tokens = torch.tensor([0, 1, 2, 3])
+    with pytest.raises(fwdcompile.NonFiniteError, match="iteration 0"):
+        fgd.step(tokens, tokens)
+    assert fgd.iteration == 0
+    for name, x in model.state_dict().items():
+        assert torch.equal(x, state[name])
+    skipping = FGD(
+        model, lambda y, t: F.cross_entropy(y, t) / 0, lr=0.1, compile=False, nonfinite="skip"
+    )
+    skipping.step(tokens, tokens)
+    assert skipping.iteration == 1
+    for name, x in model.state_dict().items():
+        assert torch.equal(x, state[name])
+    grad = ForwardGradient(model, lambda y, t: F.cross_entropy(y, t) / 0, compile=False)
+    with pytest.raises(fwdcompile.NonFiniteError):
+        grad(tokens, tokens)
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("loss_fn", "message"),
+    [
+        (lambda y, t: y.sum(1), "shape"),
+        (lambda y, t: t.sum(), "int64"),
+        (lambda y, t: (y.sum(), t), "one tensor"),
+    ],
+)
+def test_the_loss_must_be_a_floating_scalar(loss_fn: Any, message: str) -> None:
+    with pytest.raises(fwdcompile.LossError, match=message):
+        FGD(Mlp(), loss_fn, lr=0.1, compile=False).step(X, Y)
+
+
+def test_bad_settings_are_refused() -> None:
+    for settings in ({"lr": 0.0}, {"lr": 1.0, "decay": -1.0}, {"lr": 1.0, "samples": 0}):
+        with pytest.raises(ValueError, match="must be|at least"):
+            FGD(Mlp(), F.cross_entropy, **settings)  # type: ignore[arg-type]
+    with pytest.raises(fwdcompile.TangentError, match="requires a gradient"):
+        FGD(nn.ReLU(), F.cross_entropy, lr=0.1)
+
+
+def test_state_dict_continues_a_run() -> None:
+    model = Mlp()
+    twin = copy.deepcopy(model)
+    whole = FGD(model, F.cross_entropy, lr=0.1, decay=0.1, seed=7, compile=False)
+    for _ in range(4):
+        whole.step(X, Y)
+    first = FGD(twin, F.cross_entropy, lr=0.1, decay=0.1, seed=7, compile=False)
+    for _ in range(2):
+        first.step(X, Y)
+    second = FGD(twin, F.cross_entropy, lr=1.0, compile=False)
+    second.load_state_dict(first.state_dict())
+    for _ in range(2):
+        second.step(X, Y)
+    for mine, theirs in zip(twin.parameters(), model.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+@pytest.mark.compiled
+def test_compiled_step_equals_the_plain_one() -> None:
+    model = Mlp()
+    twin = copy.deepcopy(model)
+    plain = FGD(model, F.cross_entropy, lr=0.1, directions=Rademacher(), compile=False)
+    compiled = FGD(twin, F.cross_entropy, lr=0.1, directions=Rademacher())
+    for _ in range(3):
+        torch.testing.assert_close(compiled.step(X, Y), plain.step(X, Y), rtol=1e-4, atol=1e-5)
+    torch._dynamo.utils.counters.clear()
+    compiled.step(X, Y)
+    assert not torch._dynamo.utils.counters["stats"]["unique_graphs"]
