@@ -5,6 +5,7 @@ python examples/demo.py
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 
 from rich.console import Console
@@ -51,9 +52,11 @@ def main() -> None:
     console.print(f"picture: {OUT / 'demo.png'}   log: {OUT / 'log.jsonl'}")
 
 
-def layers(code: str) -> str:
-    """The body of the generated function, without its header and arguments."""
-    return code.split("):\n", 1)[1].split("# What the arguments")[0].rstrip()
+def layers(code: str, count: int = 26) -> str:
+    """The first lines of the generated function's body."""
+    body = code.split("):\n", 1)[1].split("# What the arguments")[0].rstrip()
+    lines = textwrap.dedent(body).splitlines()
+    return "\n".join([*lines[:count], f"# ... and {len(lines) - count} lines more"])
 
 
 if __name__ == "__main__":

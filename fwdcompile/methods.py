@@ -186,7 +186,7 @@ def _compiled(function: Callable[..., object], config: Config) -> Callable[..., 
 def _refuse(loss: Tensor, iteration: int, config: Config) -> None:
     if not config.skip_nonfinite:
         raise NonFiniteError(
-            f"iteration {iteration}: the loss ({float(loss):g}) or its derivative is not finite; "
+            f"iteration {iteration}: the loss ({loss.item():g}) or its derivative is not finite; "
             "this step changed nothing. Lower the learning rate, or leave such steps out."
         )
 
