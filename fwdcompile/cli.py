@@ -158,8 +158,11 @@ def compare(
 def table(report: Report) -> Table:
     """The report as a table for a terminal."""
     base = ", ".join(f"{kind} {seconds * 1e3:.2f} ms" for kind, seconds in report.base.items())
-    columns = ("method", "train loss", "validation loss", "accuracy", "ms a step", "R")
-    out = Table(*columns, "Rf/Rb", "Tf/Tb", box=SIMPLE, title=f"base runtime: {base}")
+    title = f"base runtime: {base}"
+    out = Table(box=SIMPLE, title=title, collapse_padding=True, pad_edge=False)
+    heads = ("method", "train\nloss", "validation\nloss", "accuracy", "ms a\nstep", "R")
+    for head in (*heads, "Rf/Rb", "Tf/Tb"):
+        out.add_column(head, no_wrap=True, justify="left" if head == "method" else "right")
     for row in report.rows():
         cells = [f"{x:.4f}" for x in (row.train_loss, row.validation_loss, row.accuracy)]
         cells += [f"{row.ms:.2f}", f"{row.r:.2f}"]
