@@ -1,4 +1,4 @@
-"""The rule table, one file per family of ops; importing this package fills `fwdcompile.rule.table`."""
+"""The rule table, one file per family of ops; importing it fills `fwdcompile.rule.table`."""
 
 from __future__ import annotations
 

@@ -35,10 +35,10 @@ def attention(
     d: dict[str, Tensor], query: Tensor, key: Tensor, value: Tensor, attn_mask: Any,
     dropout_p: float, is_causal: bool, scale: float | None, enable_gqa: bool, out: Tensor,
     call: Call,
-) -> Tensor:  # fmt: skip
+) -> Any:  # fmt: skip
     """With P = softmax(S) and out = P v: out_dot = (P S_dot) v - sum(P S_dot) out + P v_dot."""
     if dropout_p:
-        raise RuleError("the op hides its dropout mask; capture takes it apart, so do that first")
+        raise RuleError("dropout_p > 0 hides a mask; capture the model, which takes this op apart")
     if d.keys() == {"value"}:
         return call(value=d["value"])
     if enable_gqa:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -24,7 +26,7 @@ aten = torch.ops.aten
     aten.conv_transpose3d.input,
     wrt=("input", "weight", "bias"),
 )
-def convolution(d: dict[str, Tensor], weight: Tensor, call: Call) -> Tensor:
+def convolution(d: dict[str, Tensor], weight: Tensor, call: Call) -> Any:
     """As for a linear layer; a bias alone is one number for each channel."""
     bias_dot = d["bias"].view(-1, *[1] * (weight.ndim - 2)) if "bias" in d else None
     return affine(d, bias_dot, call)

@@ -30,7 +30,7 @@ def _normalise(
     return xhat, rstd * (d - mean_dot - xhat * slant), mean_dot, -rstd * rstd * slant
 
 
-def _scale(d: Dots, xhat: Tensor, xhat_dot: Any, weight: Any, shape: Any) -> Tensor:
+def _scale(d: Dots, xhat: Tensor, xhat_dot: Any, weight: Any, shape: Any) -> Any:
     """The tangent of xhat weight + bias; weight and bias are viewed as `shape`."""
     terms = []
     if xhat_dot is not None:
@@ -39,7 +39,7 @@ def _scale(d: Dots, xhat: Tensor, xhat_dot: Any, weight: Any, shape: Any) -> Ten
         terms.append(xhat * d["weight"].view(shape))
     if "bias" in d:
         terms.append(d["bias"].view(shape))
-    total = terms[0]
+    total: Tensor = terms[0]
     for term in terms[1:]:
         total = total + term
     return total

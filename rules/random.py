@@ -44,3 +44,13 @@ def _dropped(d: Tensor, p: float, train: bool | None, out: tuple[Tensor, Tensor]
 
 
 jvp(aten.native_dropout.default, input=lambda d, p, train, out: (_dropped(d, p, train, out), None))
+
+
+def _leaked(
+    d: Tensor, self: Tensor, lower: float, upper: float, training: bool, out: tuple[Tensor, Tensor]
+) -> tuple[Tensor, None]:
+    """In training the second output holds the slopes that were drawn, and 1 for positive inputs."""
+    return d * out[1] if training else torch.where(self > 0, d, d * ((lower + upper) / 2)), None
+
+
+jvp(aten.rrelu_with_noise_functional.default, self=_leaked)

@@ -6,13 +6,13 @@ import operator
 from collections.abc import Iterator
 from typing import Any
 
+import fwdcompile.rules  # noqa: F401  (fills the table)
 import torch
 from torch import Tensor, fx
 from torch._ops import OpOverload
 from torch._subclasses import FakeTensorMode
 from torch.utils import _pytree as pytree
 
-import fwdcompile.rules  # noqa: F401  (fills the table)
 from fwdcompile.program import OutSpec, Program, Slot, is_differentiable
 from fwdcompile.simplify import simplify
 from fwdcompile.transform import as_primal, transform
@@ -48,7 +48,9 @@ def program_of(op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     names = [f"out{i}" for i in range(len(results))]
     tree = pytree.tree_structure(tuple(names))
     outputs = tuple(Slot("output", name) for name in names)
-    return Program(graph, tuple(slots), outputs, OutSpec(tree, tuple((True, n) for n in names)), "op")
+    return Program(
+        graph, tuple(slots), outputs, OutSpec(tree, tuple((True, n) for n in names)), "op"
+    )
 
 
 def run(program: Program, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -112,7 +114,10 @@ def check(
                 assert theirs is None or not is_differentiable(theirs)
                 continue
             torch.testing.assert_close(
-                mine, theirs, rtol=1e-5 if loose else rtol, atol=1e-6 if loose else atol,
+                mine,
+                theirs,
+                rtol=1e-5 if loose else rtol,
+                atol=1e-6 if loose else atol,
                 equal_nan=True,
             )
         if second:
@@ -190,5 +195,3 @@ def _difference(op: OpOverload, args: Any, kwargs: Any, dots: dict[int, Tensor])
     pairs = zip(at(eps), at(-eps), strict=True)
     tangents = [(a - b) / (2 * eps) if is_differentiable(a) else None for a, b in pairs]
     return at(0.0), tangents
-
-

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from check import check, jvp_by_rule
 from torch import Tensor
 
@@ -153,6 +153,21 @@ def test_attention_with_dropout(settings: dict[str, Any]) -> None:
     torch.testing.assert_close(out, values[0], rtol=1e-12, atol=1e-12)
     difference = (values[1] - values[2]) / 2e-6
     torch.testing.assert_close(out_dot, difference, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_rrelu(training: bool) -> None:
+    """Slope one where x is positive, the drawn (in evaluation the mean) slope elsewhere, zero too."""
+    x, x_dot = X.clone(), _t(*X.shape, seed=3)
+    x[0, 0, 0] = 0.0
+    torch.manual_seed(5)
+    leaf = x.clone().requires_grad_()
+    reference = F.rrelu(leaf, 0.1, 0.4, training)
+    (slope,) = torch.autograd.grad(reference.sum(), leaf)
+    torch.manual_seed(5)
+    out, out_dot = fwdcompile.jvp(lambda x: F.rrelu(x, 0.1, 0.4, training), (x,), (x_dot,))
+    torch.testing.assert_close(out, reference, rtol=0, atol=0)
+    torch.testing.assert_close(out_dot, slope * x_dot, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -1,0 +1,62 @@
+"""Torchvision models in training mode: the generated program against reverse mode, in float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from nets import directions, reverse_jvp
+from torch import nn
+from torch.nn import functional as F
+
+import fwdcompile
+from fwdcompile.data import import_torchvision
+from fwdcompile.objective import Objective
+
+SIZES = {"vit_b_16": 224}
+SETTINGS: dict[str, dict[str, Any]] = {"vit_b_16": {"image_size": 224}}
+MODELS = [
+    "resnet18",
+    "mobilenet_v3_small",
+    "swin_t",
+    "convnext_tiny",
+    "efficientnet_b0",
+    "densenet121",
+    "vit_b_16",
+]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_model(name: str) -> None:
+    model: nn.Module = getattr(import_torchvision().models, name)(num_classes=10).double()
+    size = SIZES.get(name, 64)
+    x, y = torch.randn(2, 3, size, size, dtype=torch.float64), torch.tensor([1, 2])
+    dots = directions(dict(model.named_parameters()))
+    before = {n: b.clone() for n, b in model.named_buffers()}
+
+    torch.manual_seed(5)
+    fwd = fwdcompile.transform(Objective(model, F.cross_entropy))
+    loss, slope = fwd(x, y, tangents=dots)
+    after = {n: b.clone() for n, b in model.named_buffers()}
+    for n, b in model.named_buffers():
+        b.copy_(before[n])
+
+    torch.manual_seed(5)
+    expected = F.cross_entropy(model(x), y)
+    torch.testing.assert_close(loss, expected, rtol=1e-9, atol=1e-10)
+    for n, b in model.named_buffers():
+        torch.testing.assert_close(b, after[n], rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(slope, reverse_jvp(model, expected, dots), rtol=1e-8, atol=1e-9)
+
+
+def test_vision_transformer_on_small_images() -> None:
+    models = import_torchvision().models
+    model = models.VisionTransformer(32, 8, 2, 4, 32, 64, num_classes=10).double()
+    nn.init.normal_(model.heads[0].weight)
+    x, y = torch.randn(2, 3, 32, 32, dtype=torch.float64), torch.tensor([1, 2])
+    dots = directions(dict(model.named_parameters()))
+    loss, slope = fwdcompile.transform(Objective(model, F.cross_entropy))(x, y, tangents=dots)
+    expected = F.cross_entropy(model(x), y)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(slope, reverse_jvp(model, expected, dots), rtol=1e-8, atol=1e-9)
