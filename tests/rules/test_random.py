@@ -157,7 +157,7 @@ def test_attention_with_dropout(settings: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("training", [False, True])
 def test_rrelu(training: bool) -> None:
-    """Slope one where x is positive, the drawn (in evaluation the mean) slope elsewhere, zero too."""
+    """Slope one where x is positive; elsewhere the drawn one, in evaluation the mean one."""
     x, x_dot = X.clone(), _t(*X.shape, seed=3)
     x[0, 0, 0] = 0.0
     torch.manual_seed(5)
