@@ -82,7 +82,7 @@ def _batch_norm(d: Dots, input: Tensor, weight: Any, out: Any) -> tuple[Any, Any
     return out_dot, _like(mean_dot, out[1]), _like(rstd_dot, out[2])
 
 
-def _frozen(d: Dots, input: Tensor, weight: Any, mean: Tensor, var: Tensor, eps: float) -> Tensor:
+def _frozen(d: Dots, input: Tensor, weight: Any, mean: Tensor, var: Tensor, eps: float) -> Any:
     """Normalisation by given statistics, which may have tangents of their own."""
     channels = (-1, *[1] * (input.ndim - 2))
     rstd = torch.rsqrt(var + eps)
