@@ -139,16 +139,6 @@ def test_compiled_peer_takes_the_very_steps_of_fgd() -> None:
     assert losses["torch-jvp-compiled"] == pytest.approx(losses["fgd"], rel=1e-4)
 
 
-@pytest.mark.compiled
-def test_compiled_backprop_takes_the_steps_of_eager_backprop() -> None:
-    losses = {}
-    for method in ("backprop", "backprop-compiled"):
-        model, x, y = problem()
-        step = METHODS[method](model, config(), 0)
-        losses[method] = [float(step(x, y)) for _ in range(4)]
-    assert losses["backprop-compiled"] == pytest.approx(losses["backprop"], rel=1e-5)
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
