@@ -25,7 +25,7 @@ from fwdcompile.data import import_torchvision
 from fwdcompile.methods import METHODS, Config
 from fwdcompile.models import MODELS
 from fwdcompile.objective import Objective
-from fwdcompile.runner import header
+from fwdcompile.runner import environment
 
 BATCH, PAIRS, INNER = 64, 40, {"logistic-regression": 50, "mlp": 2, "cnn": 1}
 RIVAL = "backprop-compiled"
@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("docs/results"))
     options = parser.parse_args()
     torch.set_num_threads(2)
-    results = header(torch.device("cpu")) | {
+    results = environment(torch.device("cpu")) | {
         "batch": BATCH,
         "load": os.getloadavg()[0],
         "models": {name: measure(name) for name in options.models.split(",")},

@@ -77,7 +77,8 @@ def check_tangents(
         first = tied.get(name, name)
         if first in checked:
             raise TangentError(f"{name!r} and {first!r} are one tied tensor: give one tangent")
-        checked[first] = dot
+        laid_out = dot.stride() == primal.stride()
+        checked[first] = dot if laid_out else torch.empty_like(primal).copy_(dot)
     if not checked:
         raise TangentError("no tangent given: nothing to differentiate by")
     return checked
@@ -120,7 +121,7 @@ def store(slots: Sequence[Slot], outs: Sequence[Tensor], values: Mapping[str, An
 def signature_of(x: Any) -> Any:
     """What of an input decides the captured graph: a tensor's metadata, anything else's value."""
     if isinstance(x, Tensor):
-        return x.shape, x.dtype, x.device
+        return x.shape, x.stride(), x.dtype, x.device
     try:
         hash(x)
     except TypeError:

@@ -142,6 +142,16 @@ def test_tangents_have_the_dtype_of_the_primal(dtype: torch.dtype) -> None:
     close(y_dot.float(), torch.sigmoid(x.float()), rtol=2e-2)
 
 
+def test_strides_of_primal_and_tangent() -> None:
+    model = nn.MaxPool2d(2)
+    x = torch.randn(1, 2, 4, 4, dtype=F64)
+    fwd = fwdcompile.transform(model)
+    for primal in (x, x.mT, x.to(memory_format=torch.channels_last)):
+        for v in (torch.randn_like(x), torch.randn_like(x).mT):
+            expected = torch.func.jvp(model, (primal,), (v,))
+            torch.testing.assert_close(fwd(primal, tangents={"input": v}), expected)
+
+
 def test_casts_inside_the_model() -> None:
     x = torch.randn(3, dtype=F64)
     y, y_dot = fwdcompile.jvp(lambda z: z.float().exp().double(), (x,), (torch.ones_like(x),))
