@@ -40,7 +40,19 @@ def _pinv(d: Tensor, self: Tensor, out: Tensor) -> Tensor:
     return seen - seen @ self @ out + grown - out @ self @ grown - out @ d @ out
 
 
-jvp(aten.linalg_pinv.atol_rtol_tensor, self=_pinv)
+def _tensorinv(d: Tensor, ind: int, out: Tensor) -> Tensor:
+    inverse = out.flatten(out.ndim - ind).flatten(0, -2)
+    return _inverse(d.reshape(inverse.mT.shape), inverse).reshape(out.shape)
+
+
+jvp(aten.linalg_tensorinv.default, self=_tensorinv)
+# The tolerances choose a rank and have no derivative.
+jvp(
+    aten.linalg_pinv.atol_rtol_tensor,
+    self=_pinv,
+    atol=lambda d: None,
+    rtol=lambda d: None,
+)
 
 
 # Solves: A X = B gives A X_dot = B_dot - A_dot X, one solve for both tangents.
@@ -89,6 +101,24 @@ def _solve_triangular(
         skipped = 1 if unitriangular else 0
         dots["A"] = d["self"].triu(skipped) if upper else d["self"].tril(-skipped)
     return call(B=_residual(dots, self, B, out, left))
+
+
+@joint(aten.triangular_solve.default, wrt=("self", "A"))
+def _old_triangular_solve(
+    d: dict[str, Tensor],
+    A: Tensor,
+    upper: bool,
+    transpose: bool,
+    unitriangular: bool,
+    out: tuple[Tensor, Tensor],
+    call: Call,
+) -> Any:
+    dots = {"B": d["self"]} if "self" in d else {}
+    if "A" in d:
+        skipped = 1 if unitriangular else 0
+        A_dot = d["A"].triu(skipped) if upper else d["A"].tril(-skipped)
+        dots["A"] = A_dot.mT if transpose else A_dot
+    return call(self=_residual(dots, A, out[0], out[0], True))[0], d.get("A")
 
 
 @joint(aten.cholesky_solve.default, wrt=("self", "input2"))
@@ -150,19 +180,25 @@ jvp(
 )
 
 
-# LU, of square matrices: A = P L U gives inv(L) P' A_dot inv(U) = inv(L) L_dot + U_dot inv(U).
+# LU: A = P L U; inv(L) P' A_dot inv(U) = inv(L) L_dot + U_dot inv(U) splits into its triangles.
 def _lu(d: Tensor, pivot: bool, P: Tensor, L: Tensor, U: Tensor) -> tuple[Tensor, Tensor]:
-    if d.shape[-1] != d.shape[-2]:
-        raise RuleError("the LU factorization has a row for square matrices alone")
+    size = L.shape[-1]
     rows = P.mT @ d if pivot else d
-    middle = torch.linalg.solve_triangular(L, rows, upper=False, unitriangular=True)
-    middle = torch.linalg.solve_triangular(U, middle, upper=True, left=False)
-    return L @ middle.tril(-1), middle.triu() @ U
+    square, solve = L[..., :size, :], torch.linalg.solve_triangular
+    by_U = solve(U[..., :size], rows[..., :size], upper=True, left=False)
+    by_L = solve(square, rows[..., :size, :], upper=False, unitriangular=True)
+    middle = solve(square, by_U[..., :size, :], upper=False, unitriangular=True)
+    L_dot = (by_U - L @ middle.triu()).tril(-1)
+    return L_dot, (by_L - middle.tril(-1) @ U).triu()
 
 
 def _lu_packed(d: Tensor, pivot: bool, out: tuple[Tensor, ...]) -> Any:
     L_dot, U_dot = _lu(d, pivot, *torch.lu_unpack(out[0], out[1]))
-    return (L_dot + U_dot, *[None] * (len(out) - 1))
+    rows, columns = d.shape[-2:]
+    size = min(rows, columns)
+    wide = aten.constant_pad_nd(L_dot, [0, columns - size])
+    tall = aten.constant_pad_nd(U_dot, [0, 0, 0, rows - size])
+    return (wide + tall, *[None] * (len(out) - 1))
 
 
 jvp(aten.linalg_lu.default, A=lambda d, pivot, out: (None, *_lu(d, pivot, *out)))

@@ -38,6 +38,9 @@ B, V = _t(3, 2, seed=5), _t(3, seed=6)
 INVERSES: list[Sample] = [
     *((aten.linalg_inv.default, (a,), {}) for a in (A, BATCH)),
     (aten.linalg_inv_ex.default, (A,), {}),
+    (aten.linalg_tensorinv.default, (_t(2, 3, 6, seed=7),), {}),
+    (aten.linalg_tensorinv.default, (_t(6, 3, 2, seed=7), 1), {}),
+    (aten.linalg_pinv.atol_rtol_tensor, (TALL,), {"atol": _t().abs() / 1e3, "rtol": _t() * 0}),
     (aten.linalg_matrix_exp.default, (A / 3,), {}),
     (aten.linalg_matrix_exp.default, (BATCH / 3,), {}),
     *(
@@ -54,8 +57,14 @@ INVERSES: list[Sample] = [
     (aten.linalg_solve_triangular.default, (A, B.mT), {"upper": True, "left": False}),
 ]
 
-# Torch itself has no tangent for these, or a wrong one.
+# Torch itself has no tangent for these, or one that counts the triangle that is not read.
 BY_DIFFERENCE: list[Sample] = [
+    *(
+        (aten.triangular_solve.default, (B, A), {"transpose": transpose, "unitriangular": unit})
+        for transpose in (False, True)
+        for unit in (False, True)
+    ),
+    (aten.triangular_solve.default, (B, BATCH, False), {}),
     *((aten.cholesky_solve.default, (B, A, upper), {}) for upper in (False, True)),
     (aten.cholesky_solve.default, (B, BATCH), {}),
     *((aten.cholesky_inverse.default, (A, upper), {}) for upper in (False, True)),
@@ -84,6 +93,10 @@ FUNCTIONS: dict[str, tuple[Function, Tensor]] = {
     "cholesky_ex": (lambda x: torch.linalg.cholesky_ex(_spd(x))[0], A),
     "torch.cholesky": (lambda x: aten.cholesky(_spd(x), True), A),
     "lu": (lambda x: torch.linalg.lu(x)[1:], BATCH),
+    "lu tall": (lambda x: torch.linalg.lu(x)[1:], TALL),
+    "lu wide": (lambda x: torch.linalg.lu(x)[1:], WIDE),
+    "lu_factor tall": (lambda x: torch.linalg.lu_factor(x)[0], TALL),
+    "lu_factor wide": (lambda x: torch.linalg.lu_factor(x)[0], WIDE),
     "lu_factor": (lambda x: torch.linalg.lu_factor(x)[0], BATCH),
     "lu_factor_ex": (lambda x: torch.linalg.lu_factor_ex(x)[0], A),
     "lu_unpack": (lambda x: torch.lu_unpack(*torch.linalg.lu_factor(x))[1:], A),
@@ -171,7 +184,6 @@ def test_a_determinant_of_a_singular_matrix_is_an_error() -> None:
     [
         (lambda x: torch.linalg.svd(x)[0], "full_matrices"),
         (lambda x: torch.linalg.qr(x, mode="complete")[0], "complete"),
-        (lambda x: torch.linalg.lu(x)[2], "square"),
     ],
 )
 def test_what_is_not_unique_is_refused(function: Callable[..., Any], message: str) -> None:
