@@ -27,7 +27,7 @@ from fwdcompile.models import MODELS
 from fwdcompile.objective import Objective
 from fwdcompile.runner import environment
 
-BATCH, PAIRS, INNER = 64, 40, {"logistic-regression": 50, "mlp": 2, "cnn": 1}
+BATCH, PAIRS, INNER = 64, 24, {"logistic-regression": 30, "mlp": 1, "cnn": 1}
 RIVAL = "backprop-compiled"
 STEPS: dict[str, tuple[str, Config]] = {
     "backprop": ("backprop", Config()),

@@ -40,7 +40,8 @@ def main(steps: int = 20) -> None:
         peer(x, t, x)
         print("torch.compile(torch.func.jvp): runs")
     except Exception as error:
-        print(f"torch.compile(torch.func.jvp): {type(error).__name__}: {str(error).splitlines()[0]}")
+        first = str(error).splitlines()[0]
+        print(f"torch.compile(torch.func.jvp): {type(error).__name__}: {first}")
 
     forward = fwdcompile.transform(model, tracks_grad=False, compile=True)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
