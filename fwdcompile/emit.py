@@ -144,8 +144,10 @@ def _plain(tree: Any) -> Any:
         return {key: _plain(item) for key, item in tree.items()}
     if hasattr(tree, "_asdict"):
         return _plain(tree._asdict())
-    if isinstance(tree, list | tuple):
-        return type(tree)(_plain(item) for item in tree)
+    if isinstance(tree, list):
+        return [_plain(item) for item in tree]
+    if isinstance(tree, tuple):
+        return tuple(_plain(item) for item in tree)
     if isinstance(tree, str) or tree is None:
         return tree
     return {name: _plain(item) for name, item in vars(tree).items()}

@@ -126,6 +126,7 @@ SPECIAL: list[Any] = [
     lambda x: (2 - x) ** 2 / (x - (x + 1)) - -x,
     lambda x: torch.stack(x.unbind()).sort().values,
     lambda x: x.to(torch.complex64) * 2j,
+    lambda x: tuple(torch.max(x.expand(2, 3), 1))[:1],
 ]
 
 
@@ -148,3 +149,11 @@ def test_lines_are_at_most_a_hundred_wide() -> None:
     fwd.lower(tokens, tokens)
     fwdcompile.transform(fwd).lower(tokens, tokens)
     assert max(map(len, fwd.code.splitlines())) <= 100
+
+
+def test_results_of_torch_itself_keep_their_type() -> None:
+    x, v = torch.randn(2, 3), torch.ones(2, 3)
+    y, y_dot = fwdcompile.jvp(lambda x: torch.max(x, 1), (x,), (v,))
+    assert type(y) is type(torch.max(x, 1))
+    torch.testing.assert_close(y_dot.values, torch.ones(2))
+    assert y_dot.indices is None
