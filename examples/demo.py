@@ -50,7 +50,7 @@ def main() -> None:
     report = compare(build, data, CONFIG, OUT)
     console.print(table(report))
     plot(report, OUT / "demo.png", "the paper's MLP on digits: fgd has no backward pass")
-    console.print("one learning rate for all, chosen on fgd alone: losses and Tf/Tb do not rank methods")
+    console.print("One learning rate, chosen on fgd alone: losses and Tf/Tb rank no method.")
     console.print(f"picture: {OUT / 'demo.png'}   log: {OUT / 'log.jsonl'}")
 
 
