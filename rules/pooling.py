@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from functools import partial
 from itertools import product
 
 import torch
@@ -52,14 +54,52 @@ def _winners(d: Tensor, indices: Tensor, spatial: int) -> Tensor:
     """Reads d at indices that count through its last `spatial` dimensions."""
     if spatial == 1:
         return d.gather(-1, indices)
-    flat = d.flatten(-spatial).gather(-1, indices.flatten(-spatial))
+    # positions before channels, as convolutions on a CPU keep their images
+    flat = d.flatten(-spatial).mT.gather(-2, indices.flatten(-spatial).mT).mT
     return flat.view(indices.shape)
 
 
+def _winners_of_blocks(d: Tensor, indices: Tensor, sizes: Sequence[int]) -> Tensor:
+    """The same where windows are separate blocks: a masked sum, which vectorises, unlike gather."""
+    image = d.shape[-len(sizes) :]
+    positions = torch.arange(math.prod(image), device=d.device).view(image)
+    for axis, size in enumerate(sizes):
+        positions = positions.unfold(axis, size, size)
+        d = d.unfold(axis + indices.ndim - len(sizes), size, size)
+    within = tuple(range(-len(sizes), 0))
+    return torch.where(positions == indices[(..., *[None] * len(sizes))], d, 0.0).sum(within)
+
+
+def _max_pool(
+    d: Tensor,
+    out: tuple[Tensor, Tensor],
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    ceil_mode: bool,
+    *,
+    spatial: int,
+) -> tuple[Tensor, None]:
+    indices = out[1]
+    blocks = list(stride or kernel_size) == list(kernel_size) and not ceil_mode
+    if blocks and set(padding) == {0} and set(dilation) == {1}:
+        sizes = [*kernel_size] * (spatial // len(kernel_size))
+        return _winners_of_blocks(d, indices, sizes), None
+    return _winners(d, indices, spatial), None
+
+
+for _spatial, _op in enumerate(
+    (
+        aten.max_pool1d_with_indices.default,
+        aten.max_pool2d_with_indices.default,
+        aten.max_pool3d_with_indices.default,
+    ),
+    start=1,
+):
+    jvp(_op, self=partial(_max_pool, spatial=_spatial))
+
 for _op, _spatial in (
-    (aten.max_pool1d_with_indices.default, 1),
-    (aten.max_pool2d_with_indices.default, 2),
-    (aten.max_pool3d_with_indices.default, 3),
     (aten.adaptive_max_pool1d.default, 1),
     (aten.adaptive_max_pool2d.default, 2),
     (aten.adaptive_max_pool3d.default, 3),
