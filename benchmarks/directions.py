@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fwdcompile.directions import Directions, Normal, Rademacher, stream_key
+from fwdcompile.directions import Directions, Normal, Rademacher, stream_keys
 
 COUNT = 1_860_000
 THREADS = 2
@@ -42,8 +42,8 @@ def compiled_draw(directions: Directions, out: Tensor) -> Callable[[Tensor, Tens
 
     @torch.compile(fullgraph=True, dynamic=False)
     def fill(seed: Tensor, step: Tensor) -> Tensor:
-        key = stream_key(seed, step)
-        return out.copy_(directions.draw(out.shape, key=key, parameter=0, dtype=out.dtype))
+        key = stream_keys(seed, step)[0, 0]
+        return out.copy_(directions.draw(out.shape, key=key, dtype=out.dtype))
 
     return fill
 

@@ -24,23 +24,20 @@ class Directions(ABC):
     """A distribution of directions; its components are independent and of unit variance."""
 
     @abstractmethod
-    def draw(
-        self, shape: Sequence[int], *, key: Tensor, parameter: int, dtype: torch.dtype
-    ) -> Tensor:
+    def draw(self, shape: Sequence[int], *, key: Tensor, dtype: torch.dtype) -> Tensor:
         """Draws the direction of one parameter.
 
         Args:
             shape: of the parameter.
-            key: from `stream_key`, on the device of the parameter.
-            parameter: the number of the parameter in the model.
+            key: two words of `stream_keys`, on the device of the parameter.
             dtype: a floating dtype, that of the parameter.
 
         Returns:
             A tensor of that shape and dtype on the key's device; equal arguments, equal numbers.
 
         Example:
-            >>> key = stream_key(torch.tensor(0), torch.tensor(0))
-            >>> Normal().draw((3, 2), key=key, parameter=0, dtype=torch.float32)
+            >>> key = stream_keys(torch.tensor(0), torch.tensor(0))[0, 0]
+            >>> Normal().draw((3, 2), key=key, dtype=torch.float32)
         """
 
 
@@ -48,13 +45,11 @@ class Directions(ABC):
 class Normal(Directions):
     """Standard normal components, the paper's choice (section 3.4)."""
 
-    def draw(
-        self, shape: Sequence[int], *, key: Tensor, parameter: int, dtype: torch.dtype
-    ) -> Tensor:
+    def draw(self, shape: Sequence[int], *, key: Tensor, dtype: torch.dtype) -> Tensor:
         """Box and Muller's transform: a pair of words gives a pair of normals."""
         count = math.prod(shape)
         wide = torch.float64 if dtype == torch.float64 else torch.float32
-        words = _words(key, parameter, (count + 1) // 2)
+        words = _words(key, (count + 1) // 2)
         radius = torch.sqrt(-2 * torch.log(_uniform(words, wide)))
         angle = _mix(words ^ _signed(0x5BF03635)).to(wide) * (2 * math.pi / _WORD)
         pair = torch.cat([radius * torch.cos(angle), radius * torch.sin(angle)])
@@ -65,49 +60,51 @@ class Normal(Directions):
 class Rademacher(Directions):
     """Signs: 1 or -1 with equal probability, the least variance of all independent components."""
 
-    def draw(
-        self, shape: Sequence[int], *, key: Tensor, parameter: int, dtype: torch.dtype
-    ) -> Tensor:
+    def draw(self, shape: Sequence[int], *, key: Tensor, dtype: torch.dtype) -> Tensor:
         """Each word gives the signs of 32 neighbours: the hash costs more than the shift."""
         count = math.prod(shape)
-        words = _words(key, parameter, (count + 31) // 32)
+        words = _words(key, (count + 31) // 32)
         bits = torch.arange(32, dtype=torch.int32, device=key.device)
         signs = ((words[:, None] << bits) >> 31) | 1
         return signs.view(-1)[:count].to(dtype).view(tuple(shape))
 
 
-def stream_key(seed: Tensor, step: Tensor, sample: int = 0) -> Tensor:
-    """The key of all directions of one step and sample.
+def stream_keys(seed: Tensor, step: Tensor, samples: int = 1, parameters: int = 1) -> Tensor:
+    """The keys of all directions of one step, computed together: a compiler makes them one loop.
 
     Args:
         seed: int64 tensor of no dimensions.
         step: int64 tensor of no dimensions, the iteration.
-        sample: the number of the direction within the step.
+        samples: how many directions the step takes.
+        parameters: how many parameters each direction has.
 
     Returns:
-        An int32 tensor of two words on the seed's device.
+        An int32 tensor `[samples, parameters, 2]` on the seed's device, two words a key.
     """
-    key = torch.arange(2, dtype=torch.int32, device=seed.device) + _signed(0x243F6A88)
-    for number in (seed, seed >> 32, step, step >> 32, torch.full_like(seed, sample)):
-        word = (number & 0xFFFFFFFF).to(torch.int32)
-        key = _mix(key * _signed(0x9E3779B1) ^ word)
+    device = seed.device
+    sample = torch.arange(samples, dtype=torch.int32, device=device)[:, None, None]
+    parameter = torch.arange(parameters, dtype=torch.int32, device=device)[:, None]
+    word = torch.arange(2, dtype=torch.int32, device=device)
+    halves = [(x & 0xFFFFFFFF).to(torch.int32) for n in (seed, step) for x in (n, n >> 32)]
+    key = word + _signed(0x243F6A88)
+    for number in (*halves, sample, parameter):
+        key = _mix(key * _signed(0x9E3779B1) ^ number)
     return key
 
 
-def _words(key: Tensor, parameter: int, count: int) -> Tensor:
+def _words(key: Tensor, count: int) -> Tensor:
     """One hashed 32-bit word for each element: a keyed permutation of the element's number."""
-    own = _mix(key ^ _signed((parameter + 1) * 0x632BE5AB))
     index = torch.arange(min(count, _WORD // 2), dtype=torch.int32, device=key.device)
-    words = _mix(_mix(index ^ own[0]) + own[1])
+    words = _mix(_mix(index ^ key[0]) + key[1])
     rest = count - words.numel()
-    if rest:
-        more = _words(own, parameter, rest)
-        words = torch.cat([words, more])
-    return words
+    return torch.cat([words, _words(_mix(key), rest)]) if rest else words
 
 
 def _mix(x: Tensor) -> Tensor:
-    """Scrambles 32-bit words one to one; a change of one input bit changes half of the output."""
+    """Scrambles 32-bit words one to one; a change of one input bit changes half of the output.
+
+    Shifts and multipliers are those of C. Wellons's search for unbiased hashes, "lowbias32".
+    """
     x = (x ^ _shift(x, 16)) * _signed(0x7FEB352D)
     x = (x ^ _shift(x, 15)) * _signed(0x846CA68B)
     return x ^ _shift(x, 16)

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from .binding import arrange, signature_of, state_homes
 from .capture import Model, input_leaves, modules_of
-from .directions import Directions, Normal, stream_key
+from .directions import Directions, Normal, stream_keys
 from .errors import LossError, NonFiniteError, TangentError
 from .forward import Forward, Lowered
 from .objective import Objective
@@ -115,15 +115,15 @@ class _Stepper:
         plain = [slot for slot in program.inputs if slot.kind not in ("tangent", "constant")]
         values = {slot.name: x for slot, x in zip(plain, tensors, strict=True)}
         names = dict.fromkeys(slot.name for slot in program.inputs if slot.kind == "tangent")
-        keys = [stream_key(seed, step, k) for k in range(self.samples)]
+        keys = stream_keys(seed, step, self.samples, len(names))
         drawn = [
             {
                 name: self.directions.draw(
-                    values[name].shape, key=key, parameter=number, dtype=values[name].dtype
+                    values[name].shape, key=keys[sample, number], dtype=values[name].dtype
                 )
                 for number, name in enumerate(names)
             }
-            for key in keys
+            for sample in range(self.samples)
         ]
         outs = lowered.function(*arrange(program.inputs, values, drawn))
         pairs = list(zip(program.outputs, outs, strict=True))

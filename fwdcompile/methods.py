@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
-from .directions import Directions, Normal, Rademacher, stream_key
+from .directions import Directions, Normal, Rademacher, stream_keys
 from .errors import NonFiniteError
 from .fgd import FGD
 
@@ -195,10 +195,10 @@ def _hashed(config: Config, seed: int, count: Tensor) -> Draw:
     source, start = DIRECTIONS[config.directions](), torch.full_like(count, seed)
 
     def draw(values: list[Tensor], sample: int) -> list[Tensor]:
-        key = stream_key(start, count, sample)
+        keys = stream_keys(start, count, config.samples, len(values))[sample]
         return [
-            source.draw(value.shape, key=key, parameter=number, dtype=value.dtype)
-            for number, value in enumerate(values)
+            source.draw(value.shape, key=key, dtype=value.dtype)
+            for key, value in zip(keys, values, strict=True)
         ]
 
     return draw

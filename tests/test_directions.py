@@ -9,7 +9,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from fwdcompile.directions import Directions, Normal, Rademacher, _uniform, stream_key
+from fwdcompile.directions import Directions, Normal, Rademacher, _uniform, stream_keys
 
 KINDS = [Normal(), Rademacher()]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -27,8 +27,8 @@ def draw(
     parameter: int = 0,
     dtype: torch.dtype = torch.float64,
 ) -> Tensor:
-    key = stream_key(torch.tensor(seed), torch.tensor(step), sample)
-    return directions.draw(shape, key=key, parameter=parameter, dtype=dtype)
+    keys = stream_keys(torch.tensor(seed), torch.tensor(step), sample + 1, parameter + 1)
+    return directions.draw(shape, key=keys[sample, parameter], dtype=dtype)
 
 
 def two_sided(z: float) -> float:
@@ -204,19 +204,26 @@ def test_narrow_dtypes_are_rounded_float32(dtype):
     assert torch.equal(draw(Rademacher(), dtype=dtype), draw(Rademacher()).to(dtype))
 
 
-def test_the_key_is_two_words_and_takes_its_device_from_the_seed():
-    key = stream_key(torch.tensor(1), torch.tensor(2), 3)
-    assert key.shape == (2,)
-    assert key.dtype == torch.int32
+def test_keys_are_two_words_each_and_take_their_device_from_the_seed():
+    keys = stream_keys(torch.tensor(1), torch.tensor(2), 3, 4)
+    assert keys.shape == (3, 4, 2)
+    assert keys.dtype == torch.int32
+    assert len(keys.unique()) == keys.numel()
     meta = torch.tensor(1, device="meta")
-    assert stream_key(meta, meta).device.type == "meta"
-    assert Normal().draw((4,), key=stream_key(meta, meta), parameter=0, dtype=torch.float32).is_meta
+    key = stream_keys(meta, meta)[0, 0]
+    assert Normal().draw((4,), key=key, dtype=torch.float32).is_meta
+
+
+def test_a_key_does_not_depend_on_how_many_are_made():
+    seed, step = torch.tensor(1), torch.tensor(2)
+    assert torch.equal(stream_keys(seed, step, 2, 3), stream_keys(seed, step, 5, 7)[:2, :3])
 
 
 @pytest.mark.parametrize("directions", KINDS)
 def test_more_elements_than_a_word_counts_keep_their_shape(directions):
     meta = torch.tensor(1, device="meta")
-    x = directions.draw((3, 2**31), key=stream_key(meta, meta), parameter=0, dtype=torch.float32)
+    key = stream_keys(meta, meta)[0, 0]
+    x = directions.draw((3, 2**31), key=key, dtype=torch.float32)
     assert x.shape == (3, 2**31)
 
 
@@ -242,8 +249,8 @@ def test_compiled_and_eager_agree_and_a_new_seed_does_not_recompile():
         return torch._inductor.compile(graph, inputs)
 
     def both(seed: Tensor, step: Tensor) -> list[Tensor]:
-        key = stream_key(seed, step)
-        return [d.draw((37, 101), key=key, parameter=3, dtype=torch.float32) for d in KINDS]
+        key = stream_keys(seed, step, 1, 4)[0, 3]
+        return [d.draw((37, 101), key=key, dtype=torch.float32) for d in KINDS]
 
     compiled = torch.compile(both, fullgraph=True, dynamic=False, backend=backend)
     precision = 8 * torch.finfo(torch.float32).eps

@@ -12,16 +12,17 @@ from torch.nn import functional as F
 
 import fwdcompile
 from fwdcompile import FGD, ForwardGradient, Normal, Rademacher
-from fwdcompile.directions import stream_key
+from fwdcompile.directions import stream_keys
 
 X, Y = torch.randn(16, 6, generator=torch.Generator().manual_seed(1)), torch.arange(16) % 3
 
 
 def drawn(model: nn.Module, source: Any, step: int, sample: int = 0, seed: int = 0) -> list[Tensor]:
-    key = stream_key(torch.tensor(seed), torch.tensor(step), sample)
+    count = len(list(model.parameters()))
+    keys = stream_keys(torch.tensor(seed), torch.tensor(step), sample + 1, count)[sample]
     return [
-        source.draw(p.shape, key=key, parameter=i, dtype=p.dtype)
-        for i, p in enumerate(model.parameters())
+        source.draw(p.shape, key=key, dtype=p.dtype)
+        for key, p in zip(keys, model.parameters(), strict=True)
     ]
 
 
