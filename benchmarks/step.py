@@ -48,6 +48,7 @@ def main() -> None:
     results = environment(torch.device("cpu")) | {
         "batch": BATCH,
         "load": os.getloadavg()[0],
+        "allocator": {name: os.environ[name] for name in sorted(os.environ) if "MALLOC" in name},
         "models": {name: measure(name) for name in options.models.split(",")},
         "capture and transform, seconds": {n: lower(n) for n in ("resnet18", "densenet121")},
     }
@@ -121,8 +122,9 @@ def table(results: dict[str, Any]) -> str:
     rows += [
         "",
         f"{results['device']}, {results['threads']} threads, torch {results['torch']}, batch "
-        f"{results['batch']}, float32, load average {results['load']:.1f} at the start. Written by "
-        "`make bench`.",
+        f"{results['batch']}, float32, load average {results['load']:.1f} at the start; glibc "
+        f"{'keeps' if results['allocator'] else 'returns'} freed memory, for all methods alike. "
+        "Written by `make bench`.",
     ]
     return "\n".join(rows) + "\n"
 

@@ -88,14 +88,14 @@ def stream_keys(seed: Tensor, step: Tensor, samples: int = 1, parameters: int = 
     halves = [(x & 0xFFFFFFFF).to(torch.int32) for n in (seed, step) for x in (n, n >> 32)]
     key = word + _signed(0x243F6A88)
     for number in (*halves, sample, parameter):
-        key = _mix(key * _signed(0x9E3779B1) ^ number)
+        key = _stored(_mix(key * _signed(0x9E3779B1) ^ number))
     return key
 
 
 def _words(key: Tensor, count: int) -> Tensor:
     """One hashed 32-bit word for each element: a keyed permutation of the element's number."""
     index = torch.arange(min(count, _WORD // 2), dtype=torch.int32, device=key.device)
-    words = _mix(_mix(index ^ key[0]) + key[1])
+    words = _stored(_mix(_stored(_mix(index ^ key[0])) + key[1]))
     rest = count - words.numel()
     return torch.cat([words, _words(_mix(key), rest)]) if rest else words
 
@@ -108,6 +108,11 @@ def _mix(x: Tensor) -> Tensor:
     x = (x ^ _shift(x, 16)) * _signed(0x7FEB352D)
     x = (x ^ _shift(x, 15)) * _signed(0x846CA68B)
     return x ^ _shift(x, 16)
+
+
+def _stored(x: Tensor) -> Tensor:
+    """The same tensor, which Inductor keeps: inlined, each `_mix` is traced eight times as often."""
+    return x.as_strided(x.shape, x.stride())
 
 
 def _shift(x: Tensor, bits: int) -> Tensor:
