@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .capture import Model, input_leaves, modules_of, named_state
 from .errors import TangentError
+from .parts import Model, input_leaves, modules_of, named_state
 from .program import Slot, is_differentiable
 
 Tangents = Mapping[str, Tensor]

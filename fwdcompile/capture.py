@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
-import os
-import re
-import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import is_dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from operator import getitem
-from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor, fx, nn
@@ -24,20 +17,29 @@ from torch.export.graph_signature import (
     InputSpec,
     OutputKind,
 )
-from torch.fx.proxy import TracerBase
 from torch.utils import _pytree as pytree
 
 from . import rule
 from .errors import CaptureError
-from .objective import Objective
+from .hazards import (
+    explain,
+    refuse_autograd_functions,
+    refuse_hidden_writes,
+    source_of,
+    user_source_lines,
+)
+from .parts import (
+    Model,
+    aliases_of,
+    dotted,
+    input_leaves,
+    modules_of,
+    named_state,
+    register_dataclasses,
+)
 from .program import OutSpec, Program, Slot, identifier, op_name, rename
 
-Model = Callable[..., Any]
-
-_HERE = str(Path(__file__).parent) + os.sep
-_TORCH = str(Path(torch.__file__).parent) + os.sep
 _ROOT = "_model_"
-_FRAME = re.compile(r'File "(.+?)", line (\d+), in .*(?:\n    (.*))?')
 
 _INPUT_KINDS: Mapping[InputKind, Any] = {
     InputKind.PARAMETER: "parameter",
@@ -102,68 +104,6 @@ class Root(nn.Module):
         return out
 
 
-def modules_of(model: Model) -> dict[str, nn.Module]:
-    """The modules a model consists of, by the prefix of their parameters' names."""
-    if isinstance(model, nn.Module):
-        return {"": model}
-    if isinstance(model, Objective):
-        loss = modules_of(model.loss_fn) if model.loss_fn else {}
-        prefixed = {f"loss_fn_{name}".rstrip("_"): module for name, module in loss.items()}
-        return modules_of(model.model) | prefixed
-    found: dict[str, nn.Module] = {}
-    if isinstance(owner := getattr(model, "__self__", None), nn.Module):
-        found[""] = owner
-    function = inspect.unwrap(getattr(model, "__func__", model))
-    if inspect.isfunction(function):
-        variables = inspect.getclosurevars(function)
-        for name, thing in (*variables.nonlocals.items(), *variables.globals.items()):
-            if isinstance(thing, nn.Module):
-                found[name] = thing
-    return found
-
-
-def named_state(model: Model, kind: str) -> dict[str, Tensor]:
-    """Parameters or buffers by qualified name; a tied one appears under each of its names."""
-    state: dict[str, Tensor] = {}
-    for prefix, module in modules_of(model).items():
-        walk = module.named_parameters if kind == "parameter" else module.named_buffers
-        state.update(walk(prefix=prefix, remove_duplicate=False))
-    return state
-
-
-def input_leaves(
-    model: Model, args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> list[tuple[str, Any]]:
-    """Names each leaf of the inputs by its argument and path: `x`, `batch.image`, `pair.0`."""
-    register_dataclasses((args, kwargs))
-    positional = _positional_names(model, len(args))
-    leaves, _ = pytree.tree_flatten_with_path((tuple(args), dict(kwargs)))
-    named = []
-    for path, leaf in leaves:
-        group, place = (_step(key) for key in path[:2])
-        first = positional[place] if group == 0 else place
-        named.append((_dotted(first, path[2:]), leaf))
-    return named
-
-
-def register_dataclasses(tree: Any) -> None:
-    """Teaches pytree every dataclass found in `tree`, so that its fields are seen."""
-    for leaf in pytree.tree_leaves(tree):
-        if is_dataclass(leaf) and not isinstance(leaf, type):
-            torch.export.register_dataclass(type(leaf))
-            register_dataclasses(leaf)
-
-
-def user_frame(frames: Sequence[traceback.FrameSummary]) -> traceback.FrameSummary | None:
-    """The innermost frame of the model's own code, that is, outside torch and inside capture."""
-    for frame in reversed(frames):
-        if frame.filename.startswith(_HERE):
-            return None
-        if not frame.filename.startswith((_TORCH, "<")):
-            return frame
-    return None
-
-
 def _distinct(
     model: Model, args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -182,35 +122,16 @@ def _distinct(
     return distinct
 
 
-def _positional_names(model: Model, count: int) -> list[str]:
-    function = model.forward if isinstance(model, nn.Module) else model
-    try:
-        signature = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError):
-        return [f"arg{i}" for i in range(count)]
-    names = [p.name for p in signature if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    rest = next((p.name for p in signature if p.kind is p.VAR_POSITIONAL), "arg")
-    return [*names, *(f"{rest}.{i}" for i in range(count - len(names)))][:count]
-
-
-def _dotted(first: str, path: Sequence[Any]) -> str:
-    return ".".join([first, *(str(_step(key)) for key in path)])
-
-
-def _step(key: Any) -> Any:
-    """The index, dict key or field name that one entry of a pytree path holds."""
-    return next(getattr(key, name) for name in ("idx", "key", "name") if hasattr(key, name))
-
-
 def _export(root: Root, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ExportedProgram:
     try:
         with ExitStack() as stack:
             stack.enter_context(warnings.catch_warnings())
             warnings.simplefilter("ignore", FutureWarning)
             warnings.simplefilter("ignore", DeprecationWarning)
-            stack.enter_context(_user_source_lines())
-            stack.enter_context(_refuse_autograd_functions())
+            stack.enter_context(user_source_lines())
+            stack.enter_context(refuse_autograd_functions())
             exported = torch.export.export(root, args, kwargs, strict=False)
+            refuse_hidden_writes(exported)
             lowering = default_decompositions()
             for op in rule.table:
                 lowering.pop(op, None)  # type: ignore[no-untyped-call]
@@ -221,51 +142,7 @@ def _export(root: Root, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Export
     except CaptureError:
         raise
     except Exception as error:
-        raise CaptureError(_explain(error)) from error
-
-
-@contextmanager
-def _user_source_lines() -> Iterator[None]:
-    """Makes torch record the innermost user frame of each op, not only frames named forward."""
-
-    def keep(_: TracerBase, frames: traceback.StackSummary) -> traceback.StackSummary:
-        frame = user_frame(frames)
-        return traceback.StackSummary.from_list([frame] if frame else [])
-
-    with mock.patch.object(TracerBase, "_filter_traceback_frames", keep):
-        yield
-
-
-@contextmanager
-def _refuse_autograd_functions() -> Iterator[None]:
-    original = torch.autograd.Function.apply.__func__  # type: ignore[attr-defined]
-
-    def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
-        if cls.__module__.startswith("torch."):
-            return original(cls, *args, **kwargs)
-        frame = user_frame(traceback.extract_stack()[:-1])
-        where = f"{frame.filename}:{frame.lineno}: {frame.line}" if frame else "unknown line"
-        raise CaptureError(
-            f"{where}\n  {cls.__qualname__} is a torch.autograd.Function: capture would inline its "
-            "forward and drop its own derivative.\n  Write it as plain torch ops, or make it a "
-            "torch.library.custom_op and give that op a row with fwdcompile.rule.jvp."
-        )
-
-    with mock.patch.object(torch.autograd.Function, "apply", classmethod(apply)):
-        yield
-
-
-def _explain(error: Exception) -> str:
-    frame = user_frame(traceback.extract_tb(error.__traceback__))
-    where = f"{frame.filename}:{frame.lineno}: {frame.line}\n  " if frame else ""
-    text = str(error).strip().split("\n")[0]
-    if "data-dependent" in text or "DataDependent" in type(error).__name__:
-        return (
-            f"{where}The model decides in Python by the value of a tensor ({text}).\n  A program "
-            "has one path for all values: use torch.where or torch.cond, or move the decision out "
-            "of the model."
-        )
-    return f"{where}The model cannot be captured: {type(error).__name__}: {text}"
+        raise CaptureError(explain(error)) from error
 
 
 def _program(exported: ExportedProgram, root: Root, paths: list[str]) -> Program:
@@ -275,7 +152,7 @@ def _program(exported: ExportedProgram, root: Root, paths: list[str]) -> Program
         _mark_source(node)
         if node.target is torch.ops.aten._assert_tensor_metadata.default:
             graph.erase_node(node)  # what it asserts holds for every call of this program
-    aliases = _aliases(root.model)
+    aliases = aliases_of(root.model)
     inputs = _inputs(graph, exported, iter(paths), aliases)
     nodes, slots, leaves = _outputs(results, exported, inputs, aliases)
     graph.output(tuple(nodes))
@@ -308,10 +185,8 @@ def _tidy(node: fx.Node) -> str:
 
 
 def _mark_source(node: fx.Node) -> None:
-    frames = _FRAME.findall(node.meta.get("stack_trace") or "")
-    if frames:
-        file, line, code = frames[-1]
-        node.meta["source"] = ("/".join(Path(file).parts[-2:]), int(line), code.strip())
+    if source := source_of(node):
+        node.meta["source"] = source
     modules = list((node.meta.get("nn_module_stack") or {}).values())
     node.meta["module"] = _qualified(modules[-1][0]) if modules else ""
 
@@ -319,15 +194,6 @@ def _mark_source(node: fx.Node) -> None:
 def _qualified(target: str) -> str:
     """Takes the name that Root gave the whole model off a qualified name."""
     return target.removeprefix(f"{_ROOT}.") if target != _ROOT else ""
-
-
-def _aliases(model: Model) -> dict[str, str]:
-    """Each further name of a tied parameter or buffer, with the name it was first met by."""
-    state = named_state(model, "parameter") | named_state(model, "buffer")
-    first: dict[int, str] = {}
-    for name, tensor in state.items():
-        first.setdefault(id(tensor), name)
-    return {name: first[id(t)] for name, t in state.items() if first[id(t)] != name}
 
 
 def _inputs(
@@ -369,7 +235,7 @@ def _outputs(
     paths, _ = pytree.tree_flatten_with_path(
         pytree.tree_unflatten(range(out_spec.num_leaves), out_spec)
     )
-    out_names = iter([_dotted("out", path) for path, _ in paths])
+    out_names = iter([dotted("out", path) for path, _ in paths])
     named = {node.name: slot.name for slot, node in inputs.items()}
     nodes, slots, leaves = [], [], []
     for result, spec in zip(results, signature.output_specs, strict=True):

@@ -111,7 +111,7 @@ def _mix(x: Tensor) -> Tensor:
 
 
 def _stored(x: Tensor) -> Tensor:
-    """The same tensor, which Inductor keeps: inlined, each `_mix` is traced eight times as often."""
+    """The same tensor, which Inductor keeps: inlined, each `_mix` is traced eightfold."""
     return x.as_strided(x.shape, x.stride())
 
 

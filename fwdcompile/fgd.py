@@ -12,11 +12,11 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .binding import arrange, signature_of, state_homes
-from .capture import Model, input_leaves, modules_of
 from .directions import Directions, Normal, stream_keys
 from .errors import LossError, NonFiniteError, TangentError
 from .forward import Forward, Lowered
 from .objective import Objective
+from .parts import Model, input_leaves, modules_of
 from .program import output_nodes, value
 
 NonFinite = Literal["raise", "skip"]

@@ -26,10 +26,11 @@ from .binding import (
     signature_of,
     store,
 )
-from .capture import Model, capture, input_leaves, modules_of
+from .capture import capture
 from .emit import emit, execute
 from .errors import FwdcompileError, TangentError
 from .graph import program_graph
+from .parts import Model, input_leaves, modules_of
 from .program import OutSpec, Program, is_differentiable
 from .simplify import PASSES, detach_tangents, simplify
 from .transform import as_primal, tie

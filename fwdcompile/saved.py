@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .binding import Tangents, arrange, check_tangents, store, tied_names
-from .capture import named_state
 from .emit import execute
 from .errors import TangentError
+from .parts import named_state
 from .program import Slot
 
 _numbers = itertools.count()

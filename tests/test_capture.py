@@ -8,7 +8,8 @@ from nets import Mlp
 from torch import Tensor, nn
 
 import fwdcompile
-from fwdcompile.capture import capture, input_leaves
+from fwdcompile.capture import capture
+from fwdcompile.parts import input_leaves
 from fwdcompile.program import location
 
 
@@ -61,6 +62,65 @@ def test_a_stopped_gradient_stays_stopped() -> None:
     torch.testing.assert_close(y_dot, x)
     straight = lambda z: z + (z.round() - z).detach()  # noqa: E731
     assert torch.equal(fwdcompile.jvp(straight, (x,), (v,))[1], v)
+
+
+def _scale_detached(x: Tensor) -> Tensor:
+    w = x * 1
+    w.detach().mul_(2)
+    return w * 3
+
+
+def _set_item_of_view(x: Tensor) -> Tensor:
+    w = x * 1
+    w.view(-1).detach()[0:1] = 2.0
+    return w
+
+
+def _detach_in_place(x: Tensor) -> Tensor:
+    w = x * 1
+    w.detach_()
+    return w * x
+
+
+def _out_argument(x: Tensor) -> Tensor:
+    w = x * 1
+    torch.mul(x, 2, out=w.detach())
+    return w
+
+
+def _split_in_two(x: Tensor) -> Tensor:
+    w = x * 1
+    w.detach().split(1)[0].zero_()
+    return w
+
+
+@pytest.mark.parametrize(
+    "model", [_scale_detached, _set_item_of_view, _detach_in_place, _out_argument, _split_in_two]
+)
+def test_a_write_through_detach_is_refused(model: Any) -> None:
+    with pytest.raises(fwdcompile.CaptureError, match=r"(?s)test_capture.py:\d+.*detach\(\)"):
+        capture(model, (torch.ones(2),), {})
+
+
+def test_max_norm_of_an_embedding_writes_through_detach() -> None:
+    with pytest.raises(fwdcompile.CaptureError, match=r"(?s)embedding_renorm_.*clone"):
+        capture(nn.Embedding(5, 3, max_norm=1.0), (torch.tensor([1, 2]),), {})
+
+
+def test_writes_to_detached_copies_integers_and_buffers_are_harmless() -> None:
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("mean", torch.zeros(2))
+
+        def forward(self, x: Tensor, i: Tensor) -> Tensor:
+            self.mean.detach().mul_(0.5).add_(x.detach().mean(0))
+            return x * x.detach().clone().mul_(2) * i.detach().add_(1)
+
+    model, x, i = Counting(), torch.randn(3, 2), torch.tensor(1)
+    _, y_dot = fwdcompile.transform(model)(x, i.clone(), tangents={"x": torch.ones_like(x)})
+    torch.testing.assert_close(y_dot, 2 * x * 2)
+    torch.testing.assert_close(model.mean, x.mean(0))
 
 
 def test_no_grad_does_not_stop_a_tangent() -> None:

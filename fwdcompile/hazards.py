@@ -1,0 +1,155 @@
+"""Hazards of capture: what torch.export would lose without a word is refused."""
+
+from __future__ import annotations
+
+import os
+import re
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from operator import getitem
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import fx
+from torch._ops import OpOverload
+from torch.export.exported_program import ExportedProgram
+from torch.fx.proxy import TracerBase
+
+from .errors import CaptureError
+from .program import is_differentiable, value
+
+aten = torch.ops.aten
+
+_HERE = str(Path(__file__).parent) + os.sep
+_TORCH = str(Path(torch.__file__).parent) + os.sep
+_FRAME = re.compile(r'File "(.+?)", line (\d+), in .*(?:\n    (.*))?')
+
+
+def user_frame(frames: Sequence[traceback.FrameSummary]) -> traceback.FrameSummary | None:
+    """The innermost frame of the model's own code, that is, outside torch and inside capture."""
+    for frame in reversed(frames):
+        if frame.filename.startswith(_HERE):
+            return None
+        if not frame.filename.startswith((_TORCH, "<")):
+            return frame
+    return None
+
+
+@contextmanager
+def user_source_lines() -> Iterator[None]:
+    """Makes torch record the innermost user frame of each op, not only frames named forward."""
+
+    def keep(_: TracerBase, frames: traceback.StackSummary) -> traceback.StackSummary:
+        frame = user_frame(frames)
+        return traceback.StackSummary.from_list([frame] if frame else [])
+
+    with mock.patch.object(TracerBase, "_filter_traceback_frames", keep):
+        yield
+
+
+@contextmanager
+def refuse_autograd_functions() -> Iterator[None]:
+    """Raises CaptureError where a torch.autograd.Function of the user is applied."""
+    original = torch.autograd.Function.apply.__func__  # type: ignore[attr-defined]
+
+    def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
+        if cls.__module__.startswith("torch."):
+            return original(cls, *args, **kwargs)
+        frame = user_frame(traceback.extract_stack()[:-1])
+        where = f"{frame.filename}:{frame.lineno}: {frame.line}" if frame else "unknown line"
+        raise CaptureError(
+            f"{where}\n  {cls.__qualname__} is a torch.autograd.Function: capture would inline its "
+            "forward and drop its own derivative.\n  Write it as plain torch ops, or make it a "
+            "torch.library.custom_op and give that op a row with fwdcompile.rule.jvp."
+        )
+
+    with mock.patch.object(torch.autograd.Function, "apply", classmethod(apply)):
+        yield
+
+
+def explain(error: Exception) -> str:
+    """What went wrong in capture, with the user's line in front."""
+    frame = user_frame(traceback.extract_tb(error.__traceback__))
+    where = f"{frame.filename}:{frame.lineno}: {frame.line}\n  " if frame else ""
+    text = str(error).strip().split("\n")[0]
+    if "data-dependent" in text or "DataDependent" in type(error).__name__:
+        return (
+            f"{where}The model decides in Python by the value of a tensor ({text}).\n  A program "
+            "has one path for all values: use torch.where or torch.cond, or move the decision out "
+            "of the model."
+        )
+    return f"{where}The model cannot be captured: {type(error).__name__}: {text}"
+
+
+def source_of(node: fx.Node) -> tuple[str, int, str] | None:
+    """The user's file, line and code that caused a node, where torch recorded them."""
+    frames = _FRAME.findall(node.meta.get("stack_trace") or "")
+    if not frames:
+        return None
+    file, line, code = frames[-1]
+    return "/".join(Path(file).parts[-2:]), int(line), code.strip()
+
+
+def refuse_hidden_writes(exported: ExportedProgram) -> None:
+    """Refuses `detach_`, and writes in place that reach a tensor through `detach`.
+
+    Both part a tensor's value from its tangent, which a functional program has no op for: capture
+    would drop the first and take the value after the second for a constant.
+
+    Raises:
+        CaptureError: with the user's line.
+    """
+    buffers = exported.graph_signature.inputs_to_buffers
+    for node in exported.graph.nodes:
+        if node.target is aten.detach_.default and not _is_new(node.args[0]):
+            raise CaptureError(_told(node, "takes the tangent off a tensor", "x = x.detach()"))
+        for written in _written(node):
+            detached, origin = _origin(written)
+            if detached and origin.name not in buffers and is_differentiable(value(written)):
+                effect = (
+                    "changes the value of a tensor, through a detached one, but not its tangent"
+                )
+                raise CaptureError(_told(node, effect, "x.detach().clone()"))
+
+
+def _is_new(node: fx.Node) -> bool:
+    """Whether this is torch.tensor(...) in the model, which torch itself detaches in place."""
+    return node.target in (aten.lift_fresh.default, aten.lift_fresh_copy.default)
+
+
+def _told(node: fx.Node, effect: str, instead: str) -> str:
+    file, line, code = source_of(node) or ("unknown file", 0, "")
+    return (
+        f"{file}:{line}: {code}\n  {node.target} {effect}, in place: a captured program cannot say "
+        f"that.\n  Use {instead} and write to the result."
+    )
+
+
+def _written(node: fx.Node) -> list[fx.Node]:
+    """The arguments that an op writes to."""
+    if node.op != "call_function" or not isinstance(node.target, OpOverload):
+        return []
+    schema = node.target._schema
+    given = dict(zip((a.name for a in schema.arguments), node.args, strict=False)) | node.kwargs
+    written: list[fx.Node] = []
+    for argument in schema.arguments:
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            fx.map_arg(given.get(argument.name), written.append)
+    return written
+
+
+def _origin(node: fx.Node) -> tuple[bool, fx.Node]:
+    """Follows views back to the tensor that owns the memory; whether a detach is on the way."""
+    detached = False
+    while node.args and isinstance(source := node.args[0], fx.Node):
+        views = node.target is getitem
+        if isinstance(node.target, OpOverload):
+            views = any(result.alias_info is not None for result in node.target._schema.returns)
+        if not views:
+            break
+        detached |= node.target is aten.detach.default
+        node = source
+    return detached, node

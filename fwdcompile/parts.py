@@ -1,0 +1,98 @@
+"""The parts of a model that a program has names for: modules, parameters, buffers, inputs."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from .objective import Objective
+
+Model = Callable[..., Any]
+
+
+def modules_of(model: Model) -> dict[str, nn.Module]:
+    """The modules a model consists of, by the prefix of their parameters' names."""
+    if isinstance(model, nn.Module):
+        return {"": model}
+    if isinstance(model, Objective):
+        loss = modules_of(model.loss_fn) if model.loss_fn else {}
+        prefixed = {f"loss_fn_{name}".rstrip("_"): module for name, module in loss.items()}
+        return modules_of(model.model) | prefixed
+    found: dict[str, nn.Module] = {}
+    if isinstance(owner := getattr(model, "__self__", None), nn.Module):
+        found[""] = owner
+    function = inspect.unwrap(getattr(model, "__func__", model))
+    if inspect.isfunction(function):
+        variables = inspect.getclosurevars(function)
+        for name, thing in (*variables.nonlocals.items(), *variables.globals.items()):
+            if isinstance(thing, nn.Module):
+                found[name] = thing
+    return found
+
+
+def named_state(model: Model, kind: str) -> dict[str, Tensor]:
+    """Parameters or buffers by qualified name; a tied one appears under each of its names."""
+    state: dict[str, Tensor] = {}
+    for prefix, module in modules_of(model).items():
+        walk = module.named_parameters if kind == "parameter" else module.named_buffers
+        state.update(walk(prefix=prefix, remove_duplicate=False))
+    return state
+
+
+def aliases_of(model: Model) -> dict[str, str]:
+    """Each further name of a tied parameter or buffer, with the name it was first met by."""
+    state = named_state(model, "parameter") | named_state(model, "buffer")
+    first: dict[int, str] = {}
+    for name, tensor in state.items():
+        first.setdefault(id(tensor), name)
+    return {name: first[id(t)] for name, t in state.items() if first[id(t)] != name}
+
+
+def input_leaves(
+    model: Model, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> list[tuple[str, Any]]:
+    """Names each leaf of the inputs by its argument and path: `x`, `batch.image`, `pair.0`."""
+    register_dataclasses((args, kwargs))
+    positional = _positional_names(model, len(args))
+    leaves, _ = pytree.tree_flatten_with_path((tuple(args), dict(kwargs)))
+    named = []
+    for path, leaf in leaves:
+        group, place = (_step(key) for key in path[:2])
+        first = positional[place] if group == 0 else place
+        named.append((dotted(first, path[2:]), leaf))
+    return named
+
+
+def register_dataclasses(tree: Any) -> None:
+    """Teaches pytree every dataclass found in `tree`, so that its fields are seen."""
+    for leaf in pytree.tree_leaves(tree):
+        if is_dataclass(leaf) and not isinstance(leaf, type):
+            torch.export.register_dataclass(type(leaf))
+            register_dataclasses(leaf)
+
+
+def _positional_names(model: Model, count: int) -> list[str]:
+    function = model.forward if isinstance(model, nn.Module) else model
+    try:
+        signature = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return [f"arg{i}" for i in range(count)]
+    names = [p.name for p in signature if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    rest = next((p.name for p in signature if p.kind is p.VAR_POSITIONAL), "arg")
+    return [*names, *(f"{rest}.{i}" for i in range(count - len(names)))][:count]
+
+
+def dotted(first: str, path: Sequence[Any]) -> str:
+    """The name of a leaf of a pytree: where it starts, then each step to it."""
+    return ".".join([first, *(str(_step(key)) for key in path)])
+
+
+def _step(key: Any) -> Any:
+    """The index, dict key or field name that one entry of a pytree path holds."""
+    return next(getattr(key, name) for name in ("idx", "key", "name") if hasattr(key, name))
