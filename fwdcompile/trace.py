@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_map_only
 
 from .errors import RuleError
-from .program import value
+from .program import is_differentiable, value
 
 
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -48,6 +48,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         if func.namespace == "prim":
             return func(*args, **kwargs)
+        if func is torch.ops.aten.detach.default and not is_differentiable(args[0]):
+            return args[0]
         if func not in self.keep and func._can_decompose():
             with self:
                 return func.decompose(*args, **kwargs)

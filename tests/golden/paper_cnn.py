@@ -69,12 +69,19 @@ def forward(
     (max_pool2d_with_indices_out0, max_pool2d_with_indices_out1) = aten.max_pool2d_with_indices(
         relu_1, [2, 2], [2, 2])
     del relu_1
-    view_4: i64[64, 64, 16] = aten.view(max_pool2d_with_indices_out1, [64, 64, 16])
+    view_3: i64[8, 8] = aten.view(aten.arange(64, device=torch.device("cpu")), [8, 8])
+    unsqueeze: i64[64, 64, 4, 4, 1] = aten.unsqueeze(max_pool2d_with_indices_out1, 4)
     del max_pool2d_with_indices_out1
-    gather: f32[64, 64, 16] = aten.gather(aten.view(relu_1_dot, [64, 64, 64]), -1, view_4)
-    del relu_1_dot, view_4
-    max_pool2d_with_indices_out0_dot: f32[64, 64, 4, 4] = aten.view(gather, [64, 64, 4, 4])
-    del gather
+    unfold_2: i64[4, 4, 2, 2] = aten.unfold(aten.unfold(view_3, 0, 2, 2), 1, 2, 2)
+    del view_3
+    unfold_3: f32[64, 64, 4, 4, 2, 2] = aten.unfold(aten.unfold(relu_1_dot, 2, 2, 2), 3, 2, 2)
+    del relu_1_dot
+    eq: b8[64, 64, 4, 4, 2, 2] = unfold_2 == aten.unsqueeze(unsqueeze, 5)
+    del unfold_2, unsqueeze
+    where: f32[64, 64, 4, 4, 2, 2] = torch.where(eq, unfold_3, 0.0)
+    del eq, unfold_3
+    max_pool2d_with_indices_out0_dot: f32[64, 64, 4, 4] = aten.sum.dim_IntList(where, [-2, -1])
+    del where
 
     # module 5
     conv2d_2: f32[64, 64, 4, 4] = aten.conv2d(max_pool2d_with_indices_out0, arg_5_weight,
@@ -114,12 +121,19 @@ def forward(
     (max_pool2d_with_indices_1_out0, max_pool2d_with_indices_1_out1) = aten.max_pool2d_with_indices(
         relu_3, [2, 2], [2, 2])
     del relu_3
-    view_8: i64[64, 64, 4] = aten.view(max_pool2d_with_indices_1_out1, [64, 64, 4])
+    view_6: i64[4, 4] = aten.view(aten.arange(16, device=torch.device("cpu")), [4, 4])
+    unsqueeze_2: i64[64, 64, 2, 2, 1] = aten.unsqueeze(max_pool2d_with_indices_1_out1, 4)
     del max_pool2d_with_indices_1_out1
-    gather_1: f32[64, 64, 4] = aten.gather(aten.view(relu_3_dot, [64, 64, 16]), -1, view_8)
-    del relu_3_dot, view_8
-    max_pool2d_with_indices_1_out0_dot: f32[64, 64, 2, 2] = aten.view(gather_1, [64, 64, 2, 2])
-    del gather_1
+    unfold_6: i64[2, 2, 2, 2] = aten.unfold(aten.unfold(view_6, 0, 2, 2), 1, 2, 2)
+    del view_6
+    unfold_7: f32[64, 64, 2, 2, 2, 2] = aten.unfold(aten.unfold(relu_3_dot, 2, 2, 2), 3, 2, 2)
+    del relu_3_dot
+    eq_1: b8[64, 64, 2, 2, 2, 2] = unfold_6 == aten.unsqueeze(unsqueeze_2, 5)
+    del unfold_6, unsqueeze_2
+    where_1: f32[64, 64, 2, 2, 2, 2] = torch.where(eq_1, unfold_7, 0.0)
+    del eq_1, unfold_7
+    max_pool2d_with_indices_1_out0_dot: f32[64, 64, 2, 2] = aten.sum.dim_IntList(where_1, [-2, -1])
+    del where_1
 
     # module 10
     view: f32[64, 256] = aten.view(max_pool2d_with_indices_1_out0, [64, 256])
