@@ -5,7 +5,7 @@ from __future__ import annotations
 __version__ = "0.1.0"
 
 from . import rule
-from .directions import Directions, Normal, Rademacher
+from .directions import Directions, Normal, Rademacher, RankOne
 from .errors import (
     CaptureError,
     DataError,
@@ -34,6 +34,7 @@ __all__ = [
     "NonFiniteError",
     "Normal",
     "Rademacher",
+    "RankOne",
     "RuleError",
     "Saved",
     "TangentError",

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .directions import RankOne
 from .errors import TangentError
 from .parts import Model, input_leaves, modules_of, named_state
 from .program import Slot, is_differentiable
 
-Tangents = Mapping[str, Tensor]
+Tangents = Mapping[str, Tensor | RankOne]
 
 
 def call_values(
@@ -55,33 +56,52 @@ def tied_names(state: Mapping[str, Tensor]) -> dict[str, str]:
 
 def check_tangents(
     tangents: Tangents, values: Mapping[str, Any], tied: Mapping[str, str]
-) -> dict[str, Tensor]:
+) -> dict[str, Tensor | RankOne]:
     """Tangents under their primal's first name, each checked against its primal.
 
     Raises:
         TangentError: unknown name, integer primal, wrong shape, dtype or device, two tangents for
             one tied parameter, or no tangent at all.
     """
-    checked: dict[str, Tensor] = {}
+    checked: dict[str, Tensor | RankOne] = {}
     for name, dot in tangents.items():
         check_name(name, values)
-        primal = values[name]
-        if not isinstance(dot, Tensor):
-            raise TangentError(f"the tangent of {name!r} is a {type(dot).__name__}, not a tensor")
-        for what in ("shape", "dtype", "device"):
-            mine, its = getattr(dot, what), getattr(primal, what)
-            if mine != its:
-                raise TangentError(
-                    f"the tangent of {name!r} has {what} {_text(mine)}, its primal has {_text(its)}"
-                )
         first = tied.get(name, name)
         if first in checked:
             raise TangentError(f"{name!r} and {first!r} are one tied tensor: give one tangent")
-        laid_out = dot.stride() == primal.stride()
-        checked[first] = dot if laid_out else torch.empty_like(primal).copy_(dot)
+        checked[first] = _like_primal(name, dot, values[name])
     if not checked:
         raise TangentError("no tangent given: nothing to differentiate by")
     return checked
+
+
+def dense(tangents: Tangents) -> dict[str, Tensor | RankOne]:
+    """The same tangents with outer products made."""
+    return {n: dot.dense() if isinstance(dot, RankOne) else dot for n, dot in tangents.items()}
+
+
+def _like_primal(name: str, dot: Any, primal: Tensor) -> Tensor | RankOne:
+    """A tangent laid out as its primal; the factors of one are contiguous."""
+    if isinstance(dot, RankOne):
+        if primal.ndim < 2:
+            raise TangentError(f"{name!r} has {primal.ndim} dimensions, RankOne needs two or more")
+        _check_like(f"factor u of the tangent of {name!r}", dot.u, primal, primal.shape[:1])
+        _check_like(f"factor v of the tangent of {name!r}", dot.v, primal, primal.shape[1:])
+        return RankOne(dot.u.contiguous(), dot.v.contiguous())
+    if not isinstance(dot, Tensor):
+        raise TangentError(f"the tangent of {name!r} is a {type(dot).__name__}, not a tensor")
+    _check_like(f"the tangent of {name!r}", dot, primal, primal.shape)
+    laid_out = dot.stride() == primal.stride()
+    return dot if laid_out else torch.empty_like(primal).copy_(dot)
+
+
+def _check_like(what: str, dot: Tensor, primal: Tensor, shape: torch.Size) -> None:
+    for quality, its in (("shape", shape), ("dtype", primal.dtype), ("device", primal.device)):
+        mine = getattr(dot, quality)
+        if mine != its:
+            raise TangentError(
+                f"{what} has {quality} {_text(mine)}, its primal asks for {_text(its)}"
+            )
 
 
 def check_name(name: str, values: Mapping[str, Any]) -> None:
@@ -104,10 +124,15 @@ def arrange(
 ) -> list[Tensor]:
     """The arguments of a generated function, in the order of its slots."""
     return [
-        directions[slot.direction][slot.name] if slot.kind == "tangent" else values[slot.name]
+        _tangent(slot, directions) if slot.kind == "tangent" else values[slot.name]
         for slot in slots
         if slot.kind != "constant"
     ]
+
+
+def _tangent(slot: Slot, directions: Sequence[Tangents]) -> Tensor:
+    dot = directions[slot.direction][slot.name]
+    return getattr(dot, slot.factor) if slot.factor else dot  # type: ignore[return-value]
 
 
 @torch.no_grad()

@@ -55,6 +55,9 @@ def train(
     runs: Annotated[int, typer.Option(help="independent runs")] = 1,
     seed: Annotated[int, typer.Option(help="of the first run")] = 0,
     directions: Annotated[str, typer.Option(help="normal or rademacher")] = "normal",
+    rank_one: Annotated[
+        bool, typer.Option("--rank-one", help="directions of weights are outer products")
+    ] = False,
     samples: Annotated[int, typer.Option(help="directions a step")] = 1,
     every: Annotated[int, typer.Option(help="steps between looks at the validation set")] = 50,
     compile: Annotated[bool, typer.Option(help="compile the fgd step")] = True,
@@ -78,6 +81,7 @@ def train(
         runs=runs,
         seed=seed,
         directions=directions,
+        rank_one=rank_one,
         samples=samples,
         every=every,
         compile=compile,
@@ -105,6 +109,9 @@ def show(
         str | None,
         typer.Option(help="parameters (a module's default), inputs, or names with commas"),
     ] = None,
+    rank_one: Annotated[
+        bool, typer.Option("--rank-one", help="tangents of weights are outer products")
+    ] = False,
     lines: Annotated[str, typer.Option(help="a:b, which lines to print; from 1")] = ":",
     picture: Annotated[Path | None, typer.Option(help="draw the program to this file")] = None,
 ) -> None:
@@ -115,7 +122,7 @@ def show(
     trained = isinstance(target, nn.Module) and any(p.requires_grad for p in target.parameters())
     names = tangents or ("parameters" if trained else "inputs")
     chosen = names if names in ("parameters", "inputs") else names.split(",")
-    lowered = transform(target).lower(*inputs, tangents=chosen)
+    lowered = transform(target).lower(*inputs, tangents=chosen, rank_one=rank_one)
     text = "\n".join(lowered.code.splitlines()[first:last])
     if sys.stdout.isatty():
         Console().print(Syntax(text, "python", background_color="default"))

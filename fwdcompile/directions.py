@@ -20,11 +20,39 @@ _WORD = 2**32
 
 
 @dataclass(frozen=True)
-class Directions(ABC):
-    """A distribution of directions; its components are independent and of unit variance."""
+class RankOne:
+    """The outer product of `u` and `v` as the direction of a weight, which is never made.
 
-    @abstractmethod
-    def draw(self, shape: Sequence[int], *, key: Tensor, dtype: torch.dtype) -> Tensor:
+    Args:
+        u: `[n]`, for a weight of shape `[n, *rest]`: its first dimension is that of the outputs
+            of a linear layer or a convolution, and of the rows of an embedding.
+        v: `[*rest]`, of at least one dimension.
+
+    Example:
+        >>> fwd(x, tangents={"weight": fwdcompile.RankOne(torch.randn(16), torch.randn(8))})
+    """
+
+    u: Tensor
+    v: Tensor
+
+    def dense(self) -> Tensor:
+        """The direction itself, `[n, *rest]`."""
+        return self.u.view(-1, *[1] * self.v.ndim) * self.v
+
+
+@dataclass(frozen=True)
+class Directions(ABC):
+    """A distribution of directions of zero mean and identity covariance.
+
+    Args:
+        rank_one: draws the direction of every parameter of two or more dimensions as u v' with
+            independent factors. Its covariance is the identity too, so that forward gradients
+            stay unbiased; n + m numbers are drawn in place of n m.
+    """
+
+    rank_one: bool = False
+
+    def draw(self, shape: Sequence[int], *, key: Tensor, dtype: torch.dtype) -> Tensor | RankOne:
         """Draws the direction of one parameter.
 
         Args:
@@ -33,40 +61,59 @@ class Directions(ABC):
             dtype: a floating dtype, that of the parameter.
 
         Returns:
-            A tensor of that shape and dtype on the key's device; equal arguments, equal numbers.
+            A tensor of that shape and dtype on the key's device, or its factors; equal arguments,
+            equal numbers.
 
         Example:
             >>> key = stream_keys(torch.tensor(0), torch.tensor(0))[0, 0]
             >>> Normal().draw((3, 2), key=key, dtype=torch.float32)
         """
+        if self.rank_one and len(shape) > 1:
+            rows = shape[0]
+            both = _stored(self.numbers(rows + math.prod(shape[1:]), key=key, dtype=dtype))
+            return RankOne(both[:rows], both[rows:].view(tuple(shape[1:])))
+        return self.numbers(math.prod(shape), key=key, dtype=dtype).view(tuple(shape))
+
+    @abstractmethod
+    def numbers(self, count: int, *, key: Tensor, dtype: torch.dtype) -> Tensor:
+        """Independent numbers of zero mean and unit variance, `[count]`."""
 
 
 @dataclass(frozen=True)
 class Normal(Directions):
     """Standard normal components, the paper's choice (section 3.4)."""
 
-    def draw(self, shape: Sequence[int], *, key: Tensor, dtype: torch.dtype) -> Tensor:
+    def numbers(self, count: int, *, key: Tensor, dtype: torch.dtype) -> Tensor:
         """Box and Muller's transform: a pair of words gives a pair of normals."""
-        count = math.prod(shape)
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         words = _words(key, (count + 1) // 2)
         radius = torch.sqrt(-2 * torch.log(_uniform(words, wide)))
         angle = _mix(words ^ _signed(0x5BF03635)).to(wide) * (2 * math.pi / _WORD)
         pair = torch.cat([radius * torch.cos(angle), radius * torch.sin(angle)])
-        return pair[:count].view(tuple(shape)).to(dtype)
+        return pair[:count].to(dtype)
 
 
 @dataclass(frozen=True)
 class Rademacher(Directions):
-    """Signs: 1 or -1 with equal probability, the least variance of all independent components."""
+    """Signs: 1 or -1 with equal probability, the least variance of all independent components.
 
-    def draw(self, shape: Sequence[int], *, key: Tensor, dtype: torch.dtype) -> Tensor:
+    Factors of signs (`rank_one`) give each component of the forward gradient the same second
+    moment as independent signs do: (u_i v_j) (u_k v_l) has mean 0 but for equal pairs.
+    """
+
+    def numbers(self, count: int, *, key: Tensor, dtype: torch.dtype) -> Tensor:
         """Each word gives the signs of 32 neighbours: the hash costs more than the shift."""
-        count = math.prod(shape)
         words = _words(key, (count + 31) // 32)
         bits = torch.arange(32, dtype=torch.int32, device=key.device)
         signs = ((words[:, None] << bits) >> 31) | 1
-        return signs.view(-1)[:count].to(dtype).view(tuple(shape))
+        return signs.view(-1)[:count].to(dtype)
+
+
+def scaled(direction: Tensor | RankOne, factor: Tensor) -> Tensor:
+    """The direction times a number, in the direction's dtype."""
+    if isinstance(direction, RankOne):
+        return RankOne(direction.u * factor.to(direction.u.dtype), direction.v).dense()
+    return direction * factor.to(direction.dtype)
 
 
 def stream_keys(seed: Tensor, step: Tensor, samples: int = 1, parameters: int = 1) -> Tensor:
@@ -111,7 +158,7 @@ def _mix(x: Tensor) -> Tensor:
 
 
 def _stored(x: Tensor) -> Tensor:
-    """The same tensor, which Inductor keeps: inlined, each `_mix` is traced eightfold."""
+    """The same tensor, which Inductor makes once: inlined, it is made again for every use."""
     return x.as_strided(x.shape, x.stride())
 
 

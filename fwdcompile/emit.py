@@ -87,7 +87,7 @@ def emit(program: Program, passes: Sequence[str] = ()) -> str:
         *_function(program),
         "",
         "",
-        "# What the arguments and results of forward stand for: kind, name, direction.",
+        "# What the arguments and results of forward stand for: kind, name, direction, factor.",
         *_table("INPUTS", program.inputs),
         *_table("OUTPUTS", program.outputs),
         f"STRUCTURE = {_quoted(structure(program.out_spec))}",
@@ -172,7 +172,8 @@ def _table(name: str, slots: Sequence[Slot]) -> Iterator[str]:
     yield f"{name} = ("
     for slot in slots:
         if slot.kind != "constant":
-            yield f"{_INDENT}{_quoted((slot.kind, slot.name, slot.direction))},"
+            factor = (slot.factor,) if slot.factor else ()
+            yield f"{_INDENT}{_quoted((slot.kind, slot.name, slot.direction, *factor))},"
     yield ")"
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .binding import arrange, signature_of, state_homes
-from .directions import Directions, Normal, stream_keys
+from .directions import Directions, Normal, RankOne, scaled, stream_keys
 from .errors import LossError, NonFiniteError, TangentError
 from .forward import Forward, Lowered
 from .objective import Objective
@@ -91,7 +91,9 @@ class _Stepper:
         leaves, spec = _flatten(inputs, kwargs)
         key = (tuple(map(signature_of, leaves)), spec, tuple(m.training for m in self._modules))
         if key not in self._plans:
-            lowered = self._forward.lower(*inputs, directions=self.samples, **kwargs)
+            lowered = self._forward.lower(
+                *inputs, directions=self.samples, rank_one=self.directions.rank_one, **kwargs
+            )
             _check_loss(lowered)
             run = _fresh(self._body(lowered))
             if self._compile:
@@ -106,7 +108,7 @@ class _Stepper:
 
     def _estimate(
         self, lowered: Lowered, tensors: list[Tensor], seed: Tensor, step: Tensor
-    ) -> tuple[Tensor, Tensor, list[tuple[Tensor, list[Tensor]]], list[Tensor]]:
+    ) -> tuple[Tensor, Tensor, list[tuple[Tensor, list[Tensor | RankOne]]], list[Tensor]]:
         """Loss, whether all is finite, each parameter with its directions, and the slopes.
 
         Also writes the buffers that the model changes, unless something is not finite.
@@ -245,7 +247,7 @@ class FGD(_Stepper):
             steps = [torch.where(finite, -rate / len(slopes) * d, 0.0) for d in slopes]
             for parameter, dots in parameters:
                 for move, dot in zip(steps, dots, strict=True):
-                    parameter.add_(dot * move.to(dot.dtype))
+                    parameter.add_(scaled(dot, move))
             return loss, finite
 
         return step
@@ -304,7 +306,7 @@ class ForwardGradient(_Stepper):
             loss, finite, parameters, slopes = self._estimate(lowered, tensors, seed, count)
             weights = [d / len(slopes) for d in slopes]
             gradients = [
-                sum(dot * weight.to(dot.dtype) for weight, dot in zip(weights, dots, strict=True))
+                sum(scaled(dot, weight) for weight, dot in zip(weights, dots, strict=True))
                 for _, dots in parameters
             ]
             return loss, finite, gradients

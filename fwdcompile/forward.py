@@ -23,10 +23,12 @@ from .binding import (
     call_values,
     check_name,
     check_tangents,
+    dense,
     signature_of,
     store,
 )
 from .capture import capture
+from .directions import RankOne
 from .emit import emit, execute
 from .errors import FwdcompileError, TangentError
 from .graph import program_graph
@@ -95,8 +97,8 @@ class Forward:
             args: the model's positional arguments.
             tangents: tangents by parameter name, or by the name of an argument of `forward`
                 (`x`; `batch.image` inside a pytree), each like its primal in shape, dtype and
-                device. Names left out have no tangent. A sequence of K such mappings gives K
-                directions that share one primal.
+                device, or a `RankOne` of factors. Names left out have no tangent. A sequence of
+                K such mappings gives K directions that share one primal.
             inner: for a transform of a transform, the tangents of the inner one (innermost first
                 where there are several); by default the same as `tangents`, which gives v'Hv.
             kwargs: the model's keyword arguments.
@@ -118,8 +120,10 @@ class Forward:
         several = not isinstance(tangents, Mapping)
         each = [tangents] if isinstance(tangents, Mapping) else list(tangents)
         dots = [check_tangents(one, values, tied) for one in each]
-        if any(set(other) != set(dots[0]) for other in dots):
-            raise TangentError("all directions need tangents of the same names")
+        if self.depth > 1:
+            dots = [dense(one) for one in dots]
+        if any(_kinds(other) != _kinds(dots[0]) for other in dots):
+            raise TangentError("all directions need tangents of the same names and kinds")
         levels = self._inner_levels(inner, dots, values, tied)
         lowered = self._lowered(args, kwargs, _Request.of(levels, dots, same=inner is None))
         for level, inner_dots in enumerate(levels, 1):
@@ -135,6 +139,7 @@ class Forward:
         *args: Any,
         tangents: str | Iterable[str] = "parameters",
         directions: int = 1,
+        rank_one: bool = False,
         **kwargs: Any,
     ) -> Lowered:
         """Captures and generates ahead of the first call; nothing is computed.
@@ -144,6 +149,7 @@ class Forward:
             tangents: names that will have tangents, or `"parameters"` (all that require grad), or
                 `"inputs"` (all floating-point inputs).
             directions: how many directions a call will give.
+            rank_one: the tangents of two or more dimensions will be `RankOne`.
             kwargs: example keyword arguments.
 
         Returns:
@@ -152,7 +158,8 @@ class Forward:
         values, tied = call_values(self.base, args, kwargs)
         names = self._chosen(tangents, values)
         kept = tuple(dict.fromkeys(tied.get(name, name) for name in names))
-        request = _Request((kept,) * self.depth, directions, self.depth > 1)
+        outer = tuple(name for name in kept if rank_one and values[name].ndim > 1)
+        request = _Request((kept,) * self.depth, directions, self.depth > 1, outer)
         return self._lowered(args, kwargs, request)
 
     @property
@@ -200,17 +207,17 @@ class Forward:
     def _inner_levels(
         self,
         inner: Tangents | Sequence[Tangents] | None,
-        dots: list[dict[str, Tensor]],
+        dots: list[dict[str, Tensor | RankOne]],
         values: dict[str, Any],
         tied: dict[str, str],
-    ) -> list[dict[str, Tensor]]:
+    ) -> list[dict[str, Tensor | RankOne]]:
         count = self.depth - 1
         if inner is None:
             return [dots[0]] * count
         levels = [inner] if isinstance(inner, Mapping) else list(inner)
         if len(levels) != count:
             raise TangentError(f"inner needs tangents for {count} inner transforms")
-        return [check_tangents(level, values, tied) for level in levels]
+        return [dense(check_tangents(level, values, tied)) for level in levels]
 
     def _lowered(
         self, args: Sequence[Any], kwargs: Mapping[str, Any], request: _Request
@@ -230,12 +237,12 @@ class Forward:
     def _lower(self, args: Sequence[Any], kwargs: Mapping[str, Any], request: _Request) -> Lowered:
         *inner, active = request.levels
         if isinstance(self.model, Forward):
-            deeper = _Request(tuple(inner), 1, request.same and len(inner) > 1)
+            deeper = _Request(tuple(inner), 1, request.same and len(inner) > 1, ())
             source = self.model._lowered(args, kwargs, deeper).nestable
             captured = as_primal(source, _suffix(len(inner)))
         else:
             captured = capture(self.model, args, kwargs)
-        transformed = transform_program(captured, active, request.directions)
+        transformed = transform_program(captured, active, request.directions, request.rank_one)
         if request.same:
             transformed = tie(transformed, _suffix(len(inner)))
         program = transformed.copy()
@@ -273,11 +280,17 @@ class _Request:
     levels: tuple[tuple[str, ...], ...]
     directions: int
     same: bool
+    rank_one: tuple[str, ...]
 
     @staticmethod
-    def of(inner: list[dict[str, Tensor]], dots: list[dict[str, Tensor]], same: bool) -> _Request:
+    def of(inner: Sequence[Tangents], dots: Sequence[Tangents], same: bool) -> _Request:
         levels = tuple(tuple(level) for level in (*inner, dots[0]))
-        return _Request(levels, len(dots), same and bool(inner) and len(dots) == 1)
+        rank_one = tuple(name for name, dot in dots[0].items() if isinstance(dot, RankOne))
+        return _Request(levels, len(dots), same and bool(inner) and len(dots) == 1, rank_one)
+
+
+def _kinds(dots: Tangents) -> dict[str, type]:
+    return {name: RankOne if isinstance(dot, RankOne) else Tensor for name, dot in dots.items()}
 
 
 def _suffix(level: int) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
-from .directions import Directions, Normal, Rademacher, stream_keys
+from .directions import Directions, Normal, Rademacher, RankOne, stream_keys
 from .errors import NonFiniteError
 from .fgd import FGD
 
@@ -36,6 +36,7 @@ class Config:
         runs: independent runs; run r uses seed + r for weights, batches and directions.
         seed: of the first run.
         directions: "normal" or "rademacher".
+        rank_one: directions of weights are outer products of two random vectors.
         samples: directions a step, for the forward-gradient methods.
         every: steps between two looks at the validation set; their time does not count.
         compile: False runs `fgd` as generated; a method whose name ends in -compiled compiles.
@@ -57,6 +58,7 @@ class Config:
     runs: int = 1
     seed: int = 0
     directions: str = "normal"
+    rank_one: bool = False
     samples: int = 1
     every: int = 50
     compile: bool = True
@@ -78,6 +80,11 @@ class Config:
                 f"lr must be positive and decay not negative, not {self.lr} and {self.decay}"
             )
 
+    @property
+    def source(self) -> Directions:
+        """Where directions come from."""
+        return DIRECTIONS[self.directions](rank_one=self.rank_one)
+
     def compiles(self, method: str) -> bool:
         """Whether the step of a method is compiled."""
         return method.endswith("-compiled") or (method == "fgd" and self.compile)
@@ -90,7 +97,7 @@ def fgd(model: nn.Module, config: Config, seed: int) -> Step:
         cross_entropy,
         lr=config.lr,
         decay=config.decay,
-        directions=DIRECTIONS[config.directions](),
+        directions=config.source,
         samples=config.samples,
         seed=seed,
         compile=config.compile,
@@ -192,14 +199,15 @@ def _refuse(loss: Tensor, iteration: int, config: Config) -> None:
 
 
 def _hashed(config: Config, seed: int, count: Tensor) -> Draw:
-    source, start = DIRECTIONS[config.directions](), torch.full_like(count, seed)
+    start = torch.full_like(count, seed)
 
     def draw(values: list[Tensor], sample: int) -> list[Tensor]:
         keys = stream_keys(start, count, config.samples, len(values))[sample]
-        return [
-            source.draw(value.shape, key=key, dtype=value.dtype)
+        drawn = [
+            config.source.draw(value.shape, key=key, dtype=value.dtype)
             for key, value in zip(keys, values, strict=True)
         ]
+        return [dot.dense() if isinstance(dot, RankOne) else dot for dot in drawn]
 
     return draw
 
@@ -207,12 +215,18 @@ def _hashed(config: Config, seed: int, count: Tensor) -> Draw:
 def _generated(config: Config, seed: int, device: torch.device) -> Draw:
     generator = torch.Generator(device).manual_seed(seed % 2**63)
 
-    def draw(values: list[Tensor], sample: int) -> list[Tensor]:
+    def numbers(like: Tensor) -> Tensor:
         if config.directions == "normal":
-            return [torch.empty_like(v).normal_(generator=generator) for v in values]
-        return [
-            torch.empty_like(v).random_(0, 2, generator=generator).mul_(2).sub_(1) for v in values
-        ]
+            return torch.empty_like(like).normal_(generator=generator)
+        return torch.empty_like(like).random_(0, 2, generator=generator).mul_(2).sub_(1)
+
+    def one(value: Tensor) -> Tensor:
+        if config.rank_one and value.ndim > 1:
+            return RankOne(numbers(value.flatten(1)[:, 0]), numbers(value[0])).dense()
+        return numbers(value)
+
+    def draw(values: list[Tensor], sample: int) -> list[Tensor]:
+        return [one(value) for value in values]
 
     return draw
 

@@ -21,11 +21,13 @@ class Slot:
     `name` is the parameter's or buffer's qualified name, or the path of an argument or output
     (`x`, `batch.image`, `out.0`). A tangent slot has its primal's name and the number of its
     direction; an output of kind `buffer` or `input` is the new value of something forward changed.
+    `factor` is "u" or "v" where two inputs make one tangent, their outer product.
     """
 
     kind: Kind
     name: str
     direction: int = 0
+    factor: str = ""
 
 
 @dataclass(frozen=True)

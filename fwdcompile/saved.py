@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .binding import Tangents, arrange, check_tangents, store, tied_names
+from .directions import RankOne
 from .emit import execute
 from .errors import TangentError
 from .parts import named_state
@@ -54,10 +55,18 @@ class Saved:
         several = not isinstance(tangents, Mapping)
         each = [tangents] if isinstance(tangents, Mapping) else list(tangents)
         dots = [check_tangents(one, values, tied) for one in each]
-        wanted = {(slot.name, slot.direction) for slot in self._inputs if slot.kind == "tangent"}
-        given = {(name, k) for k, one in enumerate(dots) for name in one}
+        wanted = {
+            (slot.name, slot.direction, bool(slot.factor))
+            for slot in self._inputs
+            if slot.kind == "tangent"
+        }
+        given = {
+            (name, k, isinstance(dot, RankOne))
+            for k, one in enumerate(dots)
+            for name, dot in one.items()
+        }
         if wanted != given:
-            raise TangentError(f"the program takes tangents {sorted(wanted)}, not {sorted(given)}")
+            raise TangentError(f"the program takes tangents {_told(wanted)}, not {_told(given)}")
         outs = self._module.forward(*arrange(self._inputs, values, dots))
         store(self._outputs, outs, values)
         found = dict(zip(self._outputs, outs, strict=True))
@@ -110,6 +119,13 @@ def load(path: str | Path, model: nn.Module | Mapping[str, Tensor] | None = None
     else:
         state = dict(model or {})
     return Saved(path, state)
+
+
+def _told(tangents: set[tuple[str, int, bool]]) -> str:
+    return ", ".join(
+        f"{name!r} ({'RankOne, ' if factors else ''}direction {k})"
+        for name, k, factors in sorted(tangents)
+    )
 
 
 def _fixed(text: str) -> Any:

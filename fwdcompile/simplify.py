@@ -15,6 +15,7 @@ from torch import Tensor, fx
 from torch._ops import OpOverload
 
 from .program import is_differentiable, is_random
+from .reassociate import reassociate
 
 Pass = Callable[[fx.Graph], None]
 
@@ -101,7 +102,12 @@ def _detach(graph: fx.Graph, source: fx.Node) -> fx.Node:
     return copy
 
 
-PASSES: dict[str, Pass] = {"identities": identities, "cse": cse, "dce": dce}
+PASSES: dict[str, Pass] = {
+    "reassociate": reassociate,
+    "identities": identities,
+    "cse": cse,
+    "dce": dce,
+}
 
 _aten = torch.ops.aten
 _IDENTITIES = {

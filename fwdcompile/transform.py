@@ -19,6 +19,7 @@ from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
 
 from . import rule
+from .directions import RankOne
 from .errors import MissingRuleError, RuleError, TangentError
 from .program import (
     Kind,
@@ -40,7 +41,12 @@ aten = torch.ops.aten
 Dot = fx.Node | tuple[fx.Node | None, ...] | None
 
 
-def transform(program: Program, active: Collection[str], directions: int = 1) -> Program:
+def transform(
+    program: Program,
+    active: Collection[str],
+    directions: int = 1,
+    rank_one: Collection[str] = (),
+) -> Program:
     """Rewrites a program so that it returns the jvp beside every output.
 
     Args:
@@ -48,6 +54,7 @@ def transform(program: Program, active: Collection[str], directions: int = 1) ->
         active: names of the inputs and parameters that have a tangent; the others have none, and
             nothing is computed for them.
         directions: how many tangents each active input has. They share one primal.
+        rank_one: names in `active` whose tangents come as two factors, `u` and `v`.
 
     Returns:
         A program with further inputs, `directions` tangents of each active input, and a further
@@ -60,7 +67,7 @@ def transform(program: Program, active: Collection[str], directions: int = 1) ->
 
     The jvp is that of forward-mode AD, section 2.1 of Baydin et al. (2022).
     """
-    return _Transform(program, directions).run(active)
+    return _Transform(program, directions).run(active, rank_one)
 
 
 @dataclass(frozen=True)
@@ -82,8 +89,8 @@ class _Transform:
         self.primals: dict[fx.Node, fx.Node] = {}
         self.dots: dict[fx.Node, list[Dot]] = {}
 
-    def run(self, active: Collection[str]) -> Program:
-        tangents = self._inputs(active)
+    def run(self, active: Collection[str], rank_one: Collection[str]) -> Program:
+        tangents = self._inputs(active, rank_one)
         for node in self.program.graph.nodes:
             if node.op == "call_function":
                 self._copy(node)
@@ -99,26 +106,44 @@ class _Transform:
             outputs=self.program.outputs + tuple(outputs),
         )
 
-    def _inputs(self, active: Collection[str]) -> list[Slot]:
+    def _inputs(self, active: Collection[str], rank_one: Collection[str]) -> list[Slot]:
         known = {slot.name: node for node, slot in self.program.placeholders()}
         for name in active:
             if name not in known or not is_differentiable(value(known[name])):
                 raise TangentError(f"{name!r} is no floating-point input of {self.program.title}")
-        placeholders = list(self.program.placeholders())
-        for node, _ in placeholders:
+        for node in known.values():
             self._copy(node)
-        chosen = [(node, slot) for node, slot in placeholders if slot.name in active]
-        slots = [Slot("tangent", slot.name, k) for _, slot in chosen for k in self.directions]
-        for node, _ in chosen:
-            self.dots[node] = [self._placeholder(node, k) for k in self.directions]
+        slots, factors = [], {}
+        for name, node in known.items():
+            if name in active:
+                parts = ("u", "v") if name in rank_one else ("",)
+                slots += [Slot("tangent", name, k, f) for k in self.directions for f in parts]
+                factors[node] = [
+                    [self._placeholder(node, k, part) for part in parts] for k in self.directions
+                ]
+        for node, dots in factors.items():
+            before = self.graph._root.prev
+            self.dots[node] = [one[0] if len(one) == 1 else self._outer(*one) for one in dots]
+            self._mark(node, before)
         return slots
 
-    def _placeholder(self, primal: fx.Node, direction: int) -> fx.Node:
-        node = self.graph.placeholder(f"{primal.name}_dot")
+    def _placeholder(self, primal: fx.Node, direction: int, factor: str) -> fx.Node:
+        node = self.graph.placeholder(f"{primal.name}_dot{factor}")
         with self.recorder.fakes:
-            node.meta["val"] = torch.empty_like(value(primal))
+            like = value(primal)
+            shape = {"": like.shape, "u": like.shape[:1], "v": like.shape[1:]}[factor]
+            node.meta["val"] = torch.empty_like(like) if not factor else like.new_empty(shape)
         node.meta |= {"role": "tangent", "of": primal.name, "direction": direction}
+        node.meta["factor"] = factor
         return node
+
+    def _outer(self, u: fx.Node, v: fx.Node) -> fx.Node:
+        """The tangent that two factors make; the pass `reassociate` does without it."""
+        with self.recorder.active():
+            factors = RankOne(self.recorder.fake(u), self.recorder.fake(v))
+            outer = self.recorder.node(factors.dense())
+        outer.meta["rank_one"] = True
+        return outer
 
     def _copy(self, node: fx.Node) -> fx.Node:
         if node.target is getitem:
@@ -256,7 +281,8 @@ class _Transform:
         for node in self.graph.nodes:
             if node.meta.get("role") == "tangent":
                 number = node.meta["direction"] if len(self.directions) > 1 else ""
-                names[node] = f"{node.meta['of']}_dot{number}"
+                factor = f"_{node.meta['factor']}" if node.meta.get("factor") else ""
+                names[node] = f"{node.meta['of']}_dot{number}{factor}"
         glue = (node for node in self.graph.nodes if node.meta.get("role") == "glue")
         names |= {node: self._glue_name(node, names) for node in glue if node not in names}
         rename(self.graph, names)

@@ -69,13 +69,13 @@ def test_train_prints_the_table_and_leaves_log_and_picture(
 
 def test_train_takes_every_option(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--batch", "8", "--lr", "0.5", "--decay", "0.25", "--runs", "2", "--seed", "7",
-               "--directions", "rademacher", "--samples", "3", "--mode", "max-autotune",
+               "--directions", "rademacher", "--rank-one", "--samples", "3", "--mode", "max-autotune",
                "--skip-nonfinite", "--tensorboard", "--device", "cpu"]  # fmt: skip
     run(*TRAIN, "--methods", "fgd", "--out", str(tmp_path), *options, capsys=capsys)
     config = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[0])["config"]
     assert config == {
         "methods": ["fgd"], "iterations": 4, "batch": 8, "lr": 0.5, "decay": 0.25, "runs": 2,
-        "seed": 7, "directions": "rademacher", "samples": 3, "every": 2, "compile": False,
+        "seed": 7, "directions": "rademacher", "rank_one": True, "samples": 3, "every": 2, "compile": False,
         "mode": "max-autotune", "skip_nonfinite": True,
     }  # fmt: skip
     assert len(list(tmp_path.glob("events*"))) == 1

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fwdcompile
-from fwdcompile import FGD, ForwardGradient, Normal, Rademacher
+from fwdcompile import FGD, ForwardGradient, Normal, Rademacher, RankOne
 from fwdcompile.directions import stream_keys
 
 X, Y = torch.randn(16, 6, generator=torch.Generator().manual_seed(1)), torch.arange(16) % 3
@@ -198,3 +198,34 @@ def test_compiled_step_equals_the_plain_one() -> None:
     torch._dynamo.utils.counters.clear()
     compiled.step(X, Y)
     assert not torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+@pytest.mark.parametrize("source", [Normal(rank_one=True), Rademacher(rank_one=True)])
+def test_a_step_along_rank_one_directions(source: Any) -> None:
+    model = Mlp().double()
+    x, twin = X.double(), copy.deepcopy(model)
+    gradients = torch.autograd.grad(F.cross_entropy(twin(x), Y), list(twin.parameters()))
+    v = [d.dense() if isinstance(d, RankOne) else d for d in drawn(twin, source, 0)]
+    slope = sum((g * d).sum() for g, d in zip(gradients, v, strict=True))
+    FGD(model, F.cross_entropy, lr=0.1, directions=source, compile=False).step(x, Y)
+    for mine, p, d in zip(model.parameters(), twin.parameters(), v, strict=True):
+        assert torch.linalg.matrix_rank(torch.atleast_2d(d)) == 1
+        torch.testing.assert_close(mine, p - 0.1 * slope * d)
+
+
+def test_rank_one_forward_gradients_are_unbiased_with_the_second_moment_of_signs() -> None:
+    model = nn.Linear(4, 3, bias=False).double()
+    x, y = torch.randn(8, 4, dtype=torch.float64), torch.arange(8) % 3
+    (expected,) = torch.autograd.grad(F.cross_entropy(model(x), y), [model.weight])
+    for source in (Rademacher(rank_one=True), Rademacher(), Normal(rank_one=True)):
+        grad = ForwardGradient(model, F.cross_entropy, directions=source, compile=False)
+        draws: list[Tensor] = []
+        for _ in range(4000):
+            model.zero_grad()
+            grad(x, y)
+            draws.append(model.weight.grad.clone())  # type: ignore[union-attr]
+        g = torch.stack(draws)
+        assert ((g.mean(0) - expected).abs() < 4.5 * g.std(0) / math.sqrt(len(g))).all()
+        if isinstance(source, Rademacher):  # every component: the squared norm of the gradient
+            moment, error = (g**2).mean(0), (g**2).std(0) / math.sqrt(len(g))
+            assert ((moment - expected.square().sum()).abs() < 4.5 * error).all()

@@ -33,6 +33,12 @@ PROGRAMS: dict[str, Any] = {
     ),
     "mlp_input": (Mlp(), (torch.zeros(4, 6),), ["x"]),
     "paper_mlp": (Objective(mlp((1, 8, 8), 10), F.cross_entropy), (IMAGES, LABELS), "parameters"),
+    "paper_mlp_rank_one": (
+        Objective(mlp((1, 8, 8), 10), F.cross_entropy),
+        (IMAGES, LABELS),
+        "parameters",
+        True,
+    ),
     "paper_cnn": (Objective(cnn((1, 8, 8), 10), F.cross_entropy), (IMAGES, LABELS), "parameters"),
     "paper_logistic_regression": (
         Objective(logistic_regression((1, 8, 8), 10), F.cross_entropy),
@@ -48,9 +54,9 @@ PROGRAMS: dict[str, Any] = {
 
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_program_is_the_reviewed_one(name: str, request: pytest.FixtureRequest) -> None:
-    model, inputs, tangents = PROGRAMS[name]
+    model, inputs, tangents, *rank_one = PROGRAMS[name]
     fwd = fwdcompile.transform(model)
-    fwd.lower(*inputs, tangents=tangents)
+    fwd.lower(*inputs, tangents=tangents, rank_one=bool(rank_one))
     text = re.sub(r"with torch [\d.]+", "with torch", fwd.code)
     path = GOLDEN / f"{name}.py"
     if request.config.getoption("--regenerate-golden"):

@@ -1,0 +1,89 @@
+"""Reassociate: a product with a rank-one tangent, x (u v'), becomes (x u) v'."""
+
+from __future__ import annotations
+
+from operator import getitem
+from typing import Any
+
+from torch import Tensor, fx
+from torch._ops import OpOverload
+
+from . import rule
+from .outer import Outer, rewrites
+from .program import op_name, value
+from .trace import Recorder, bind_call, fake_mode, unflatten_call
+
+
+def reassociate(graph: fx.Graph) -> None:
+    """Multiplies by the two factors of a rank-one tangent, one after the other.
+
+    Before: `w_dot = u[:, None] * v; y_dot = linear(x, w_dot)`. After:
+    `y_dot = (x @ v)[:, None] * u`, and nobody needs `w_dot`.
+
+    Requires a functional graph with values on each node. Ensures that tangents are equal but for
+    rounding, and that primal ops are left alone.
+    """
+    recorder = Recorder(graph, fake_mode(graph), keep=rule.table)
+    outers: dict[fx.Node, Any] = {}
+    for node in list(graph.nodes):
+        if node.meta.get("rank_one"):
+            column, v = node.args
+            outers[node] = Outer(recorder.fake(column.args[0]), recorder.fake(v), 0)
+        elif node.target is getitem and node.args[0] in outers:
+            outers[node] = outers[node.args[0]][node.args[1]]
+        elif any(arg in outers for arg in node.all_input_nodes):
+            _rewrite(node, recorder, outers)
+
+
+def _rewrite(node: fx.Node, recorder: Recorder, outers: dict[fx.Node, Any]) -> None:
+    """Puts what the factors allow in the place of one node; leaves it where there is nothing."""
+    op = node.target
+    if not isinstance(op, OpOverload):
+        return
+    bound = bind_call(op, node.args, node.kwargs)
+    factored = [name for name, arg in bound.items() if _has_any(arg, outers)]
+    function = rewrites.get((op, factored[0]))
+    if function is None or len(factored) > 1:
+        return
+    operands = fx.map_arg(bound, lambda n: outers[n] if n in outers else recorder.fake(n))
+
+    def call(**changed: Any) -> Any:
+        args, kwargs = unflatten_call(op, operands | changed)
+        return op(*args, **kwargs)
+
+    named = operands | {"call": call}
+    before, graph = node.prev, node.graph
+    with graph.inserting_before(node), recorder.active():
+        result = function(**{name: named[name] for name in rule.parameters(function)})
+    _label(node, before)
+    if isinstance(result, Tensor):
+        _replace(node, recorder.node(result))
+    elif result is not NotImplemented:
+        outers[node] = result
+
+
+def _label(node: fx.Node, before: fx.Node) -> None:
+    """Gives the nodes between `before` and `node` the role of steps on the way to `node`."""
+    added = before.next
+    while added is not node:
+        kept = {k: v for k, v in node.meta.items() if k not in ("val", "rank_one")}
+        added.meta |= kept | {"role": "glue"}
+        added.name = node.graph._graph_namespace.create_name(op_name(added), None)
+        added = added.next
+
+
+def _replace(node: fx.Node, new: fx.Node) -> None:
+    old, fresh = value(node), value(new)
+    if (old.shape, old.dtype) != (fresh.shape, fresh.dtype):
+        raise AssertionError(f"{node.target}: {fresh.shape} {fresh.dtype}, not {old.shape}")
+    name, role = node.name, node.meta.get("role")
+    node.replace_all_uses_with(new)
+    node.graph.erase_node(node)
+    if new.meta.get("role") == "glue":
+        new.name, new.meta["role"] = name, role
+
+
+def _has_any(arg: Any, outers: dict[fx.Node, Any]) -> bool:
+    if isinstance(arg, list | tuple):
+        return any(_has_any(item, outers) for item in arg)
+    return isinstance(arg, fx.Node) and arg in outers
