@@ -69,14 +69,14 @@ def test_train_prints_the_table_and_leaves_log_and_picture(
 
 def test_train_takes_every_option(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--batch", "8", "--lr", "0.5", "--decay", "0.25", "--runs", "2", "--seed", "7",
-               "--directions", "rademacher", "--rank-one", "--samples", "3", "--mode", "max-autotune",
-               "--skip-nonfinite", "--tensorboard", "--device", "cpu"]  # fmt: skip
+               "--directions", "rademacher", "--rank-one", "--samples", "3", "--device", "cpu",
+               "--mode", "max-autotune", "--skip-nonfinite", "--tensorboard"]  # fmt: skip
     run(*TRAIN, "--methods", "fgd", "--out", str(tmp_path), *options, capsys=capsys)
     config = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[0])["config"]
     assert config == {
         "methods": ["fgd"], "iterations": 4, "batch": 8, "lr": 0.5, "decay": 0.25, "runs": 2,
-        "seed": 7, "directions": "rademacher", "rank_one": True, "samples": 3, "every": 2, "compile": False,
-        "mode": "max-autotune", "skip_nonfinite": True,
+        "seed": 7, "directions": "rademacher", "rank_one": True, "samples": 3, "every": 2,
+        "compile": False, "mode": "max-autotune", "skip_nonfinite": True,
     }  # fmt: skip
     assert len(list(tmp_path.glob("events*"))) == 1
 
@@ -135,6 +135,8 @@ def test_show_takes_functions_and_the_names_that_have_tangents(
     assert "b_dot" in body(one) and "a_dot:" not in body(one)
     inputs, _ = run("show", f"{HERE}:ready", "--input", "3", "--tangents", "inputs", capsys=capsys)
     assert "x_dot" in body(inputs) and "weight_dot" not in body(inputs)
+    factors, _ = run(*call, "--rank-one", capsys=capsys)
+    assert "a_dot_u: f32[2]" in factors and "b_dot_v: f32[3]" in factors
 
 
 def test_show_takes_integer_inputs(capsys: pytest.CaptureFixture[str]) -> None:

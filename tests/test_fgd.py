@@ -229,3 +229,46 @@ def test_rank_one_forward_gradients_are_unbiased_with_the_second_moment_of_signs
         if isinstance(source, Rademacher):  # every component: the squared norm of the gradient
             moment, error = (g**2).mean(0), (g**2).std(0) / math.sqrt(len(g))
             assert ((moment - expected.square().sum()).abs() < 4.5 * error).all()
+
+
+@pytest.mark.parametrize("source", [Normal(), Rademacher(), Rademacher(rank_one=True)])
+@pytest.mark.parametrize("samples", [1, 3])
+def test_directions_drawn_again_are_those_of_the_first_time(source: Any, samples: int) -> None:
+    def trained(store: bool) -> Tensor:
+        torch.manual_seed(0)
+        model = Tied().double()
+        fgd = FGD(model, F.cross_entropy, lr=0.1, decay=0.1, directions=source, samples=samples,
+                  seed=4, store_directions=store, compile=False)  # fmt: skip
+        tokens = torch.tensor([1, 2, 0, 3])
+        for _ in range(3):
+            fgd.step(tokens, tokens)
+        return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+    torch.testing.assert_close(trained(False), trained(True), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.compiled
+def test_directions_are_drawn_again_by_one_compiled_update_for_each_shape() -> None:
+    def trained(compile: bool) -> tuple[FGD, Tensor]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6), nn.Linear(6, 3))
+        fgd = FGD(model, F.cross_entropy, lr=0.1, store_directions=False, compile=compile)
+        for _ in range(3):
+            fgd.step(X, Y)
+        return fgd, torch.cat([p.detach().flatten() for p in model.parameters()])
+
+    (fgd, mine), (_, expected) = trained(True), trained(False)
+    torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-5)
+    assert len(fgd._redraws) == 4
+
+
+def test_a_step_without_stored_directions_changes_nothing_where_it_is_not_finite() -> None:
+    model = Mlp()
+    before = [p.clone() for p in model.parameters()]
+    fgd = FGD(model, F.cross_entropy, lr=0.1, store_directions=False, compile=False)
+    with pytest.raises(fwdcompile.NonFiniteError):
+        fgd.step(X * math.inf, Y)
+    fgd.nonfinite = "skip"
+    fgd.step(X * math.inf, Y)
+    for p, old in zip(model.parameters(), before, strict=True):
+        assert torch.equal(p, old)

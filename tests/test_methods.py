@@ -130,11 +130,12 @@ def test_a_loss_that_is_not_finite_is_left_out_if_asked(method: str) -> None:
 
 
 @pytest.mark.compiled
-def test_compiled_peer_takes_the_very_steps_of_fgd() -> None:
+@pytest.mark.parametrize("rank_one", [False, True])
+def test_compiled_peer_takes_the_very_steps_of_fgd(rank_one: bool) -> None:
     losses = {}
     for method in ("fgd", "torch-jvp-compiled"):
         model, x, y = problem()
-        step = METHODS[method](model, config(samples=2), 5)
+        step = METHODS[method](model, config(samples=2, rank_one=rank_one), 5)
         losses[method] = [float(step(x, y)) for _ in range(4)]
     assert losses["torch-jvp-compiled"] == pytest.approx(losses["fgd"], rel=1e-4)
 
@@ -169,3 +170,12 @@ def test_which_methods_compile() -> None:
         "fgd", "backprop-compiled", "torch-jvp-compiled",
     ]  # fmt: skip
     assert not config().compiles("fgd")
+
+
+@pytest.mark.parametrize("directions", ["normal", "rademacher"])
+def test_the_eager_peer_moves_weights_along_rank_one_directions(directions: str) -> None:
+    model, x, y = problem()
+    before = copied(model)
+    METHODS["torch-jvp"](model, config(directions=directions, rank_one=True), 0)(x, y)
+    moves = [p.detach() - before[n] for n, p in model.named_parameters() if p.ndim > 1]
+    assert moves and all(torch.linalg.matrix_rank(m, rtol=1e-4) == 1 for m in moves)

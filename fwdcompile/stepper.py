@@ -1,0 +1,189 @@
+"""What FGD and ForwardGradient share: capture, sampling, and the checks around a step."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from .binding import arrange, signature_of, state_homes
+from .directions import Directions, RankOne, stream_keys
+from .errors import LossError, NonFiniteError, TangentError
+from .forward import Forward, Lowered
+from .objective import Objective
+from .parts import Model, input_leaves, modules_of
+from .program import output_nodes, value
+
+NonFinite = Literal["raise", "skip"]
+Drawn = dict[str, Tensor | RankOne]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A compiled step for one kind of input, and the tensors it reads and writes."""
+
+    run: Callable[..., Any]
+    lowered: Lowered
+    state: dict[str, tuple[dict[str, Any], str]]
+    leaves: dict[str, int]
+
+    def tensors(self, inputs: Sequence[Any]) -> list[Tensor]:
+        """What the program reads, in its order; state is looked up anew, it may be replaced."""
+        found = []
+        for slot in self.lowered.program.inputs:
+            if slot.kind in ("parameter", "buffer"):
+                home, key = self.state[slot.name]
+                found.append(home[key])
+            elif slot.kind == "input":
+                found.append(inputs[self.leaves[slot.name]])
+        return found
+
+
+class Stepper:
+    """What FGD and ForwardGradient share: capture, sampling, and the checks around a step."""
+
+    def __init__(
+        self,
+        model: Model,
+        loss_fn: Callable[..., Any] | None,
+        directions: Directions,
+        samples: int,
+        seed: int,
+        compile: bool,
+        mode: str,
+        nonfinite: NonFinite,
+    ) -> None:
+        if samples < 1:
+            raise ValueError(f"samples must be at least 1, not {samples}")
+        if nonfinite not in ("raise", "skip"):
+            raise ValueError(f'nonfinite is "raise" or "skip", not {nonfinite!r}')
+        self.objective = Objective(model, loss_fn)
+        self.directions = directions
+        self.samples = samples
+        self.nonfinite = nonfinite
+        self.iteration = 0
+        self._compile, self._mode = compile, mode
+        self._forward = Forward(self.objective)
+        self._modules = [m for root in modules_of(self.objective).values() for m in root.modules()]
+        self._plans: dict[Any, Plan] = {}
+        trained = self._parameters()
+        if not trained:
+            raise TangentError("the model has no parameter that requires a gradient")
+        device = trained[0].device
+        self._seed = torch.tensor(seed, dtype=torch.int64, device=device)
+        self._step = torch.tensor(0, dtype=torch.int64, device=device)
+
+    @property
+    def code(self) -> str:
+        """Source text of the forward-mode program generated last."""
+        return self._forward.code
+
+    def _parameters(self) -> list[Tensor]:
+        roots = modules_of(self.objective).values()
+        found = {id(p): p for root in roots for p in root.parameters() if p.requires_grad}
+        return list(found.values())
+
+    def _plan(self, inputs: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Plan, list[Any]]:
+        leaves, spec = _flatten(inputs, kwargs)
+        key = (tuple(map(signature_of, leaves)), spec, tuple(m.training for m in self._modules))
+        if key not in self._plans:
+            lowered = self._forward.lower(
+                *inputs, directions=self.samples, rank_one=self.directions.rank_one, **kwargs
+            )
+            _check_loss(lowered)
+            run = fresh(self._body(lowered))
+            if self._compile:
+                run = torch.compile(run, fullgraph=True, dynamic=False, mode=self._mode)
+            names = [name for name, _ in input_leaves(self.objective, inputs, kwargs)]
+            places = {name: i for i, name in enumerate(names)}
+            self._plans[key] = Plan(run, lowered, state_homes(self.objective), places)
+        return self._plans[key], leaves
+
+    def _body(self, lowered: Lowered) -> Callable[..., Any]:
+        raise NotImplementedError
+
+    def _estimate(
+        self, lowered: Lowered, tensors: list[Tensor], seed: Tensor, step: Tensor
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor], list[Drawn], list[Tensor]]:
+        """Loss, whether all is finite, trained parameters, their directions, and the slopes.
+
+        Also writes the buffers that the model changes, unless something is not finite.
+        """
+        program = lowered.program
+        plain = [slot for slot in program.inputs if slot.kind not in ("tangent", "constant")]
+        values = {slot.name: x for slot, x in zip(plain, tensors, strict=True)}
+        trained = {
+            slot.name: values[slot.name] for slot in program.inputs if slot.kind == "tangent"
+        }
+        drawn = self._draw(trained, seed, step)
+        outs = lowered.function(*arrange(program.inputs, values, drawn))
+        pairs = list(zip(program.outputs, outs, strict=True))
+        (loss,) = (out for slot, out in pairs if slot.kind == "output")
+        slopes = [out for slot, out in pairs if slot.kind == "tangent"]
+        finite = torch.isfinite(torch.stack([loss, *slopes])).all()
+        for slot, out in pairs:
+            if slot.kind in ("buffer", "input"):
+                values[slot.name].copy_(torch.where(finite, out, values[slot.name]))
+        return loss, finite, trained, drawn, slopes
+
+    def _draw(self, parameters: dict[str, Tensor], seed: Tensor, step: Tensor) -> list[Drawn]:
+        """The directions of one step: for each sample, those of all parameters by name."""
+        keys = stream_keys(seed, step, self.samples, len(parameters))
+        return [
+            {
+                name: self.directions.draw(p.shape, key=keys[sample, number], dtype=p.dtype)
+                for number, (name, p) in enumerate(parameters.items())
+            }
+            for sample in range(self.samples)
+        ]
+
+    @torch.no_grad()
+    def _run(self, inputs: Sequence[Any], kwargs: dict[str, Any], *extra: Tensor) -> Any:
+        plan, leaves = self._plan(inputs, kwargs)
+        tensors = plan.tensors(leaves)
+        if self._mode == "reduce-overhead":
+            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+        loss, finite, *rest = plan.run(tensors, self._seed, self._step, *extra)
+        if self.nonfinite == "raise" and not finite:
+            raise NonFiniteError(
+                f"iteration {self.iteration}: the loss ({float(loss):g}) or its directional "
+                "derivative is not finite; parameters and buffers are as they were. Lower the "
+                'learning rate, or pass nonfinite="skip" to leave such steps out.'
+            )
+        self.iteration += 1
+        self._step += 1
+        return plan, loss, finite, *rest
+
+
+def _flatten(inputs: Sequence[Any], kwargs: dict[str, Any]) -> tuple[list[Any], Any]:
+    """Leaves and structure; plain tensors spare a small model a tenth of its step."""
+    if not kwargs and all(isinstance(x, Tensor) for x in inputs):
+        return list(inputs), len(inputs)
+    return pytree.tree_flatten((inputs, kwargs))
+
+
+def fresh(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function with a code object of its own: torch.compile counts recompilations by code."""
+    return types.FunctionType(
+        function.__code__.replace(),
+        function.__globals__,
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+
+
+def _check_loss(lowered: Lowered) -> None:
+    program = lowered.program
+    outs = [value(n) for n, slot in zip(output_nodes(program.graph), program.outputs, strict=True)
+            if slot.kind == "output"]  # fmt: skip
+    if len(program.out_spec.leaves) != 1 or len(outs) != 1:
+        raise LossError("the objective must return one tensor, the loss; give a loss_fn")
+    if outs[0].ndim or not outs[0].is_floating_point():
+        shape, dtype = list(outs[0].shape), outs[0].dtype
+        raise LossError(f"the loss must be a floating scalar tensor, not {dtype} of shape {shape}")
