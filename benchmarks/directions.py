@@ -23,18 +23,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fwdcompile.costs import device_name
 from fwdcompile.directions import Directions, Normal, Rademacher, stream_keys
 
 COUNT = 1_860_000
 THREADS = 2
 AGREEMENT = 0.1
-
-
-def cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def compiled_draw(directions: Directions, out: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
@@ -90,7 +84,7 @@ def measure(rounds: int, batches: int) -> dict[str, object]:
         done.append(batch(actions, rounds))
         stable = agree(done[-2], done[-1])
     return {
-        "cpu": cpu_name(),
+        "cpu": device_name(torch.device("cpu")),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "threads": THREADS,

@@ -28,6 +28,7 @@ from .binding import (
     store,
 )
 from .capture import capture
+from .costs import Product, calibrate
 from .directions import RankOne
 from .emit import emit, execute
 from .errors import FwdcompileError, TangentError
@@ -35,6 +36,7 @@ from .graph import program_graph
 from .parts import Model, input_leaves, modules_of
 from .program import OutSpec, Program, is_differentiable
 from .simplify import PASSES, detach_tangents, simplify
+from .stack import forms, groups
 from .transform import as_primal, tie
 from .transform import transform as transform_program
 
@@ -161,6 +163,22 @@ class Forward:
         outer = tuple(name for name in kept if rank_one and values[name].ndim > 1)
         request = _Request((kept,) * self.depth, directions, self.depth > 1, outer)
         return self._lowered(args, kwargs, request)
+
+    def calibrate(self, *args: Any, **kwargs: Any) -> list[Product]:
+        """Measures the products of the program on their device; later programs take the fastest.
+
+        Args:
+            *args: as of `lower`.
+            **kwargs: as of `lower`.
+
+        Returns:
+            What was measured. The results are kept in a file of the user, `costs_path()`.
+        """
+        plain = Forward(self.model, passes=[name for name in self.passes if name != "stack"])
+        products = [group.product for group in groups(plain.lower(*args, **kwargs).program.graph)]
+        calibrate(products, forms)
+        self._cache.clear()
+        return products
 
     @property
     def program(self) -> Program:

@@ -10,8 +10,7 @@ from torch._ops import OpOverload
 
 from . import rule
 from .outer import Outer, rewrites
-from .program import op_name, value
-from .trace import Recorder, bind_call, fake_mode, unflatten_call
+from .trace import Recorder, bind_call, fake_mode, label, substitute, unflatten_call
 
 
 def reassociate(graph: fx.Graph) -> None:
@@ -55,32 +54,11 @@ def _rewrite(node: fx.Node, recorder: Recorder, outers: dict[fx.Node, Any]) -> N
     before, graph = node.prev, node.graph
     with graph.inserting_before(node), recorder.active():
         result = function(**{name: named[name] for name in rule.parameters(function)})
-    _label(node, before)
+    label(node, before)
     if isinstance(result, Tensor):
-        _replace(node, recorder.node(result))
+        substitute(node, recorder.node(result))
     elif result is not NotImplemented:
         outers[node] = result
-
-
-def _label(node: fx.Node, before: fx.Node) -> None:
-    """Gives the nodes between `before` and `node` the role of steps on the way to `node`."""
-    added = before.next
-    while added is not node:
-        kept = {k: v for k, v in node.meta.items() if k not in ("val", "rank_one")}
-        added.meta |= kept | {"role": "glue"}
-        added.name = node.graph._graph_namespace.create_name(op_name(added), None)
-        added = added.next
-
-
-def _replace(node: fx.Node, new: fx.Node) -> None:
-    old, fresh = value(node), value(new)
-    if (old.shape, old.dtype) != (fresh.shape, fresh.dtype):
-        raise AssertionError(f"{node.target}: {fresh.shape} {fresh.dtype}, not {old.shape}")
-    name, role = node.name, node.meta.get("role")
-    node.replace_all_uses_with(new)
-    node.graph.erase_node(node)
-    if new.meta.get("role") == "glue":
-        new.name, new.meta["role"] = name, role
 
 
 def _has_any(arg: Any, outers: dict[fx.Node, Any]) -> bool:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from . import __version__
+from .costs import device_name
 from .data import Dataset, batches
 from .errors import NonFiniteError
 from .methods import METHODS, Config
@@ -205,22 +206,14 @@ class _Log:
 
 def environment(device: torch.device) -> dict[str, Any]:
     """Versions and hardware, for the first line of a log."""
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     return {
         "fwdcompile": __version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "machine": platform.machine(),
         "threads": torch.get_num_threads(),
-        "device": gpu or _processor(),
+        "device": device_name(device),
     }
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 def _finite(x: Any) -> Any:

@@ -16,6 +16,7 @@ from torch._ops import OpOverload
 
 from .program import is_differentiable, is_random
 from .reassociate import reassociate
+from .stack import stack
 
 Pass = Callable[[fx.Graph], None]
 
@@ -106,6 +107,7 @@ PASSES: dict[str, Pass] = {
     "reassociate": reassociate,
     "identities": identities,
     "cse": cse,
+    "stack": stack,
     "dce": dce,
 }
 

@@ -83,6 +83,21 @@ class Stepper:
         """Source text of the forward-mode program generated last."""
         return self._forward.code
 
+    def calibrate(self, *inputs: Any, **kwargs: Any) -> None:
+        """Measures the matrix products and convolutions of a step; later steps take the fastest.
+
+        Args:
+            *inputs: as of a step.
+            **kwargs: as of a step.
+
+        What was measured is kept in a file of the user, for other runs, too: `costs_path()`.
+        """
+        self._forward.calibrate(*inputs, **self._asked(), **kwargs)
+        self._plans.clear()
+
+    def _asked(self) -> dict[str, Any]:
+        return {"directions": self.samples, "rank_one": self.directions.rank_one}
+
     def _parameters(self) -> list[Tensor]:
         roots = modules_of(self.objective).values()
         found = {id(p): p for root in roots for p in root.parameters() if p.requires_grad}
@@ -92,9 +107,7 @@ class Stepper:
         leaves, spec = _flatten(inputs, kwargs)
         key = (tuple(map(signature_of, leaves)), spec, tuple(m.training for m in self._modules))
         if key not in self._plans:
-            lowered = self._forward.lower(
-                *inputs, directions=self.samples, rank_one=self.directions.rank_one, **kwargs
-            )
+            lowered = self._forward.lower(*inputs, **self._asked(), **kwargs)
             _check_loss(lowered)
             run = fresh(self._body(lowered))
             if self._compile:

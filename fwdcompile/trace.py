@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_map_only
 
 from .errors import RuleError
-from .program import is_differentiable, value
+from .program import is_differentiable, op_name, value
 
 
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -95,6 +95,28 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._nodes[id(fake)] = node
         node.meta["val"] = fake
         return fake
+
+
+def label(node: fx.Node, before: fx.Node) -> None:
+    """Gives the nodes between `before` and `node` the role of steps on the way to `node`."""
+    added = before.next
+    while added is not node:
+        kept = {k: v for k, v in node.meta.items() if k not in ("val", "rank_one")}
+        added.meta |= kept | {"role": "glue"}
+        added.name = node.graph._graph_namespace.create_name(op_name(added), None)
+        added = added.next
+
+
+def substitute(node: fx.Node, new: fx.Node) -> None:
+    """Lets `new` take the place, the name and the role of `node`."""
+    old, fresh = value(node), value(new)
+    if (old.shape, old.dtype) != (fresh.shape, fresh.dtype):
+        raise AssertionError(f"{node.target}: {fresh.shape} {fresh.dtype}, not {old.shape}")
+    name, role = node.name, node.meta.get("role")
+    node.replace_all_uses_with(new)
+    node.graph.erase_node(node)
+    if new.meta.get("role") == "glue":
+        new.name, new.meta["role"] = name, role
 
 
 def fake_mode(graph: fx.Graph) -> FakeTensorMode:
