@@ -26,6 +26,7 @@ from results import (
     conditions,
     entry_name,
     header,
+    methods_for,
     parser,
     refusal,
     refusals,
@@ -64,7 +65,7 @@ def main() -> None:
     runs = [(w, options.batch or WORKS[w].batch) for w in options.works or ()]
     for work, batch in runs or RUNS:
         entry = header(work, batch, options.dtype, options.device) | {"methods": {}}
-        for method in options.methods or STEPS:
+        for method in methods_for(work, options.methods):
             cell = fresh(work, method, batch, options.device, options.dtype)
             entry["methods"][method] = cell
             print(work, batch, method, cell, flush=True)

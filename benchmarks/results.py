@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,11 @@ def parser(description: str) -> argparse.ArgumentParser:
     options.add_argument("--dtype", default="float32", choices=DTYPES)
     options.add_argument("--out", type=Path, default=RESULTS)
     return options
+
+
+def methods_for(work: str, asked: list[str] | None) -> list[str]:
+    """What was asked for, or all; the JAX peer is written for sequences of layers only."""
+    return [m for m in asked or STEPS if m != "jax-jvp" or not WORKS[work].stages]
 
 
 def entry_name(work: str, batch: int, dtype: str) -> str:
@@ -106,12 +112,14 @@ def conditions(works: dict[str, Any]) -> str:
     machines = {(e["environment"]["device"], e["environment"]["threads"]) for e in entries}
     torches = sorted({e["environment"]["torch"] for e in entries})
     dtypes = sorted({e["dtype"] for e in entries})
-    batches = ", ".join(f"{e['batch']} ({name})" for name, e in works.items())
+    (usual, _), *_ = Counter(e["batch"] for e in entries).most_common()
+    others = [f"{name} {e['batch']}" for name, e in works.items() if e["batch"] != usual]
+    batches = f"batch {usual}" + (f" ({', '.join(others)})" if others else "")
     loads = [e["load"] for e in entries]
     return (
         f"{' and '.join(f'{device}, {threads} threads' for device, threads in sorted(machines))}, "
         f"torch {' and '.join(torches)}, {' and '.join(dtypes)}, load average {min(loads):.1f} to "
-        f"{max(loads):.1f} at the starts. Batches: {batches}."
+        f"{max(loads):.1f} at the starts, {batches}."
     )
 
 

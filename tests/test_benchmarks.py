@@ -90,10 +90,8 @@ def test_jax_trains_the_same_model_from_the_same_weights() -> None:
     problem = Problem(model, torch.randn(5, 1, 8, 8), torch.randint(2, (5,)), ())
     dots = generated(problem)
     parameters, apply = peers_jax.translate(model)
-    x, y, values, tangents = (
-        jax.tree.map(peers_jax.array, each)
-        for each in (problem.x, problem.y, parameters, list(dots.values()))
-    )
+    x, y = peers_jax.image(problem.x), peers_jax.array(problem.y)
+    values, tangents = ([peers_jax.weight(p) for p in ps] for ps in (parameters, dots.values()))
     found = jax.jvp(lambda ps: peers_jax.cross_entropy(apply(ps, x), y), (values,), (tangents,))
     expected = cross_entropy(model(problem.x), problem.y).detach(), slope(problem, dots)
     torch.testing.assert_close(tuple(torch.tensor(float(f)) for f in found), expected)
