@@ -7,6 +7,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -52,9 +53,16 @@ def header(work: str, batch: int, dtype: str, device: str) -> dict[str, Any]:
         "batch": batch,
         "dtype": dtype,
         "load": os.getloadavg()[0],
-        "environment": environment(torch.device(device)),
+        "environment": environment(torch.device(device)) | {"jax": jax_version()},
         "allocator": {name: os.environ[name] for name in sorted(os.environ) if "MALLOC" in name},
     }
+
+
+def jax_version() -> str | None:
+    try:
+        return version("jax")
+    except PackageNotFoundError:
+        return None
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -111,6 +119,7 @@ def conditions(works: dict[str, Any]) -> str:
     entries = list(works.values())
     machines = {(e["environment"]["device"], e["environment"]["threads"]) for e in entries}
     torches = sorted({e["environment"]["torch"] for e in entries})
+    jaxes = sorted({e["environment"]["jax"] for e in entries if "jax-jvp" in e["methods"]} - {None})
     dtypes = sorted({e["dtype"] for e in entries})
     (usual, _), *_ = Counter(e["batch"] for e in entries).most_common()
     others = [f"{name} {e['batch']}" for name, e in works.items() if e["batch"] != usual]
@@ -118,7 +127,8 @@ def conditions(works: dict[str, Any]) -> str:
     loads = [e["load"] for e in entries]
     return (
         f"{' and '.join(f'{device}, {threads} threads' for device, threads in sorted(machines))}, "
-        f"torch {' and '.join(torches)}, {' and '.join(dtypes)}, load average {min(loads):.1f} to "
+        f"torch {' and '.join(torches)}, {''.join(f'JAX {v}, ' for v in jaxes)}"
+        f"{' and '.join(dtypes)}, load average {min(loads):.1f} to "
         f"{max(loads):.1f} at the starts, {batches}."
     )
 
