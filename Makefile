@@ -6,9 +6,12 @@ PYTHON ?= python3
 TORCH_ARGS ?=
 BIN := .venv/bin
 WORKERS ?= 2
+# e.g. make bench BENCH_ARGS="--works mlp,cnn --pairs 40"; peers that are not installed
+# (.venv/bin/pip install -c constraints.txt -e '.[jax]') count as refused
+BENCH_ARGS ?=
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-all lint golden bench clean
+.PHONY: demo test test-all lint golden bench bench-memory clean
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -41,7 +44,14 @@ bench: export OMP_NUM_THREADS = 2
 bench: export MALLOC_TRIM_THRESHOLD_ = 4000000000
 bench: export MALLOC_MMAP_THRESHOLD_ = 33554432
 bench: .venv/installed
-	$(BIN)/python benchmarks/step.py
+	$(BIN)/python benchmarks/step.py $(BENCH_ARGS)
+	$(BIN)/python benchmarks/plots.py
+
+# sets the allocator of its own processes, so that what a step frees is handed back
+bench-memory: export OMP_NUM_THREADS = 2
+bench-memory: .venv/installed
+	$(BIN)/python benchmarks/memory.py $(BENCH_ARGS)
+	$(BIN)/python benchmarks/plots.py
 
 clean:
 	rm -rf .venv build dist *.egg-info runs

@@ -1,103 +1,145 @@
-"""Time of a training step: forward gradients against backpropagation and torch.func.jvp.
+"""Time of a training step: forward gradients against backpropagation and forward-mode peers.
 
-    python benchmarks/step.py [--models mlp,cnn] [--out docs/results]
+    python benchmarks/step.py [--works mlp,cnn] [--methods ...] [--pairs 24] [--out docs/results]
 
 Everything runs in one process; methods take turns, and a ratio is the median over paired turns.
+A run of some works replaces their entries in the results file and leaves the others.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
+import gc
 import statistics
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from results import (
+    DTYPES,
+    THREADS,
+    Cells,
+    conditions,
+    entry_name,
+    header,
+    load,
+    methods_for,
+    parser,
+    refusal,
+    refusals,
+    replace,
+    save,
+    tables,
+)
+from steps import PEERS, RIVAL, STEPS, Run
+from torch._inductor.utils import fresh_cache
 from torch.nn.functional import cross_entropy
+from works import WORKS, Work
 
 import fwdcompile
 from fwdcompile.data import import_torchvision
-from fwdcompile.methods import METHODS, Config
-from fwdcompile.models import MODELS
 from fwdcompile.objective import Objective
-from fwdcompile.runner import environment
 
-BATCH, PAIRS, INNER = 64, 24, {"logistic-regression": 30, "mlp": 1, "cnn": 1}
-RIVAL = "backprop-compiled"
-STEPS: dict[str, tuple[str, Config]] = {
-    "backprop": ("backprop", Config()),
-    "backprop-compiled": ("backprop-compiled", Config()),
-    "fgd rademacher": ("fgd", Config(directions="rademacher")),
-    "fgd normal": ("fgd", Config(directions="normal")),
-    "torch-jvp": ("torch-jvp", Config(directions="normal")),
-    "torch-jvp-compiled": ("torch-jvp-compiled", Config(directions="normal")),
-}
+WARM_UP = 3
+# threads of one framework spin a while after their last work, beside those of the next
+PAUSE = 0.02
+CAPTURED = "capture and transform, seconds"
+OTHERS = ("torch-jvp-compiled", "jax-jvp")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", default=",".join(MODELS))
-    parser.add_argument("--out", type=Path, default=Path("docs/results"))
-    options = parser.parse_args()
-    torch.set_num_threads(2)
-    results = environment(torch.device("cpu")) | {
-        "batch": BATCH,
-        "load": os.getloadavg()[0],
-        "allocator": {name: os.environ[name] for name in sorted(os.environ) if "MALLOC" in name},
-        "models": {name: measure(name) for name in options.models.split(",")},
-        "capture and transform, seconds": {n: lower(n) for n in ("resnet18", "densenet121")},
-    }
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "step-cpu.json").write_text(json.dumps(results, indent=1) + "\n")
-    text = table(results)
-    (options.out / "step-cpu.md").write_text(text)
-    print(text)
+    options = parser(__doc__)
+    options.add_argument("--pairs", type=int, default=24, help="turns that each method takes")
+    options.add_argument("--capture", action="store_true", help="with --works, times that too")
+    options = options.parse_args()
+    torch.set_num_threads(THREADS)
+    path = options.out / f"step-{options.device}.json"
+    # seconds of the first step shall find nothing that an earlier run compiled
+    with fresh_cache():
+        torch.compile(lambda x: x + 1)(torch.ones(2, device=options.device))
+        run_works(options, path)
+    if options.capture or options.works is None:
+        results = load(path) | {CAPTURED: {n: lower(n) for n in ("resnet18", "densenet121")}}
+        save(path, results)
+        path.with_suffix(".md").write_text(page(results))
 
 
-def measure(name: str) -> dict[str, Any]:
-    """Median milliseconds of a step, ratios to compiled backpropagation, seconds to compile."""
-    torch._dynamo.reset()
-    # channels last: torch does not move a one-channel image there by itself, oneDNN is faster so
-    x, y = torch.randn(BATCH, 28, 28, 1).permute(0, 3, 1, 2), torch.randint(10, (BATCH,))
-    runs: dict[str, Callable[[], Any]] = {"base": base(name, x, y)}
-    for label, (method, config) in STEPS.items():
-        torch.manual_seed(0)
-        step = METHODS[method](MODELS[name]((1, 28, 28), 10), config, 0)
-        runs[label] = lambda step=step: step(x, y)
-    compile_seconds = {label: timed(run, 1) for label, run in runs.items()}
+def run_works(options: argparse.Namespace, path: Path) -> None:
+    """Measures one work after another and writes the files after each."""
+    for work in options.works or WORKS:
+        batch = options.batch or WORKS[work].batch
+        entry = header(work, batch, options.dtype, options.device) | {"pairs": options.pairs}
+        entry["methods"] = measure(
+            WORKS[work],
+            methods_for(work, options.methods),
+            batch,
+            torch.device(options.device),
+            DTYPES[options.dtype],
+            options.pairs,
+        )
+        name = entry_name(work, batch, options.dtype)
+        path.with_suffix(".md").write_text(page(replace(path, name, entry)))
+        print(page({"works": {name: entry}}), flush=True)
+
+
+def measure(
+    work: Work,
+    methods: list[str],
+    batch: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    pairs: int,
+) -> Cells:
+    """Milliseconds of a step, ratios to rivals, seconds of the first step; or who refused."""
+    runs: dict[str, Run] = {}
+    first: dict[str, float] = {}
+    refused: Cells = {}
+    for method in methods:
+        try:
+            runs[method] = STEPS[method](work.problem(batch, device, dtype))
+            first[method] = timed(runs[method], 1, device)
+        except Exception as error:
+            if method not in PEERS:
+                raise
+            runs.pop(method, None)
+            refused[method] = refusal(error)
     for run in runs.values():
-        timed(run, 3)
-    turns = {label: [] for label in runs}
-    for _ in range(PAIRS):
-        for label, run in runs.items():
-            turns[label].append(timed(run, INNER[name]))
-    return {
-        label: {
-            "ms": statistics.median(times) * 1e3,
-            "ratio": statistics.median(a / b for a, b in zip(times, turns[RIVAL], strict=True)),
-            "first step, seconds": compile_seconds[label],
-        }
-        for label, times in turns.items()
-    }
+        timed(run, WARM_UP, device)
+    turns: dict[str, list[float]] = {method: [] for method in runs}
+    for _ in range(pairs):
+        for method, run in runs.items():
+            turns[method].append(timed(run, work.inner, device))
+    runs.clear()
+    torch._dynamo.reset()
+    gc.collect()
+    return {m: refused.get(m) or summary(turns, m, first[m]) for m in methods}
 
 
-def base(name: str, x: torch.Tensor, y: torch.Tensor) -> Callable[[], Any]:
-    """The base runtime of the paper's section 5.2: forward and loss, no derivative."""
-    model: nn.Module = MODELS[name]((1, 28, 28), 10)
-    run = torch.compile(lambda x, y: cross_entropy(model(x), y), fullgraph=True)
-    return lambda: torch.no_grad()(run)(x, y)
+def summary(turns: dict[str, list[float]], method: str, first: float) -> dict[str, float]:
+    """Medians of the turns of one method; ratios to whom else took part."""
+    cell = {"ms": statistics.median(turns[method]) * 1e3, "first step, seconds": first}
+    for other, key in ((RIVAL, "ratio"), *((o, f"ratio to {o}") for o in OTHERS)):
+        if other in turns:
+            pairs = zip(turns[method], turns[other], strict=True)
+            cell[key] = statistics.median(mine / theirs for mine, theirs in pairs)
+    return cell
 
 
-def timed(run: Callable[[], Any], repeats: int) -> float:
+def timed(run: Run, repeats: int, device: torch.device) -> float:
+    """Mean seconds of a step."""
+    synchronize(device)
+    time.sleep(PAUSE)
     began = time.perf_counter()
     for _ in range(repeats):
         run()
+    synchronize(device)
     return (time.perf_counter() - began) / repeats
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 def lower(name: str) -> float:
@@ -105,29 +147,36 @@ def lower(name: str) -> float:
     model = getattr(import_torchvision().models, name)()
     fwd = fwdcompile.transform(Objective(model, cross_entropy))
     inputs = torch.randn(2, 3, 64, 64), torch.tensor([1, 2])
-    return timed(lambda: fwd.lower(*inputs), 1)
+    return timed(lambda: fwd.lower(*inputs), 1, torch.device("cpu"))
 
 
-def table(results: dict[str, Any]) -> str:
-    rows = ["| ms a step (ratio to compiled backprop) | " + " | ".join(results["models"]) + " |"]
-    rows.append("|---" * (1 + len(results["models"])) + "|")
-    for label in ("base", *STEPS):
-        cells = [results["models"][m][label] for m in results["models"]]
-        texts = [f"{cell['ms']:.2f} ({cell['ratio']:.2f})" for cell in cells]
-        rows.append(f"| {label} | " + " | ".join(texts) + " |")
-    lowered = results["capture and transform, seconds"]
-    rows += [
-        "",
-        "Capture and transform: " + ", ".join(f"{m} {s:.1f} s" for m, s in lowered.items()),
-    ]
-    rows += [
-        "",
-        f"{results['device']}, {results['threads']} threads, torch {results['torch']}, batch "
-        f"{results['batch']}, float32, load average {results['load']:.1f} at the start; glibc "
-        f"{'keeps' if results['allocator'] else 'returns'} freed memory, for all methods alike. "
-        "Written by `make bench`.",
-    ]
-    return "\n".join(rows) + "\n"
+def page(results: dict[str, Any]) -> str:
+    """All of a results file as Markdown: times, the first steps, the other ratios, refusals."""
+    works = results["works"]
+    parts = tables("ms a step (ratio to compiled backprop)", works, time_text)
+    for other in OTHERS:
+        ratios = {n: e["methods"].get("fgd normal", {}).get(f"ratio to {other}") for n, e in
+                  works.items()}  # fmt: skip
+        texts = [f"{name} {ratio:.2f}" for name, ratio in ratios.items() if ratio is not None]
+        if texts:
+            parts.append(f"Ratio of fgd normal to {other}: {', '.join(texts)}\n")
+    parts += tables("seconds of the first step", works, lambda c: f"{c['first step, seconds']:.1f}")
+    if CAPTURED in results:
+        lowered = ", ".join(f"{name} {s:.1f} s" for name, s in results[CAPTURED].items())
+        parts.append(f"Capture and transform: {lowered}\n")
+    if lines := refusals(works):
+        parts.append(f"Refused:\n\n{lines}")
+    kept = all(entry["allocator"] for entry in works.values())
+    parts.append(
+        f"{conditions(works)} glibc {'keeps' if kept else 'returns'} freed memory, for all "
+        "methods alike. Written by `make bench`.\n"
+    )
+    return "\n".join(parts)
+
+
+def time_text(cell: dict[str, Any]) -> str:
+    ratio = f" ({cell['ratio']:.2f})" if "ratio" in cell else ""
+    return f"{cell['ms']:.2f}{ratio}"
 
 
 if __name__ == "__main__":

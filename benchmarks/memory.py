@@ -1,0 +1,167 @@
+"""Peak memory of a training step above parameters and data, each method in a process of its own.
+
+    python benchmarks/memory.py [--works cnn,mlp-depth-10] [--methods ...] [--out docs/results]
+
+On the CPU the peak is the kernel's high-water mark of resident memory, set back once everything is
+compiled, less what was resident before the measured steps. Gradients that an earlier step left do
+not count as resident before. On CUDA it is what the caching allocator counts.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from results import (
+    DTYPES,
+    THREADS,
+    conditions,
+    entry_name,
+    header,
+    methods_for,
+    parser,
+    refusal,
+    refusals,
+    replace,
+    tables,
+)
+from steps import PEERS, RIVAL, STEPS
+from works import DEPTHS, WORKS, Problem
+
+STEPS_EACH = 3
+MIB = 2**20
+# at batch 64 the parameters of an MLP are the most of its memory, at 1024 its activations weigh
+RUNS: tuple[tuple[str, int], ...] = (
+    *((f"mlp-depth-{depth}", batch) for batch in (64, 1024) for depth in DEPTHS),
+    ("cnn", 64),
+    ("resnet18", 32),
+)
+# what a step frees goes back to the kernel at once, so that resident is what is live
+ALLOCATOR = {
+    "MALLOC_MMAP_THRESHOLD_": "65536",
+    "MALLOC_TRIM_THRESHOLD_": "65536",
+    "MKL_DISABLE_FAST_MM": "1",
+}
+
+
+def main() -> None:
+    options = parser(__doc__)
+    options.add_argument("--one", nargs=5, help="for the fresh process: measures here, one method")
+    options = options.parse_args()
+    if options.one:
+        print(json.dumps(measure(*options.one)))
+        return
+    torch.set_num_threads(THREADS)
+    os.environ.update(ALLOCATOR)
+    path = options.out / f"memory-{options.device}.json"
+    runs = [(w, options.batch or WORKS[w].batch) for w in options.works or ()]
+    for work, batch in runs or RUNS:
+        entry = header(work, batch, options.dtype, options.device) | {"methods": {}}
+        for method in methods_for(work, options.methods):
+            cell = fresh(work, method, batch, options.device, options.dtype)
+            entry["methods"][method] = cell
+            print(work, batch, method, cell, flush=True)
+        for cell in entry["methods"].values():
+            rival = entry["methods"].get(RIVAL)
+            if rival and "peak" in cell:
+                cell["ratio"] = cell["peak"] / max(rival["peak"], 1)
+        results = replace(path, entry_name(work, batch, options.dtype), entry)
+        path.with_suffix(".md").write_text(page(results))
+
+
+def fresh(work: str, method: str, batch: int, device: str, dtype: str) -> dict[str, Any]:
+    """`measure` in a new process."""
+    command = [sys.executable, __file__, "--one", work, method, str(batch), device, dtype]
+    done = subprocess.run(
+        command, env=os.environ | ALLOCATOR, stdout=subprocess.PIPE, text=True, check=True
+    )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def measure(work: str, method: str, batch: str, device: str, dtype: str) -> dict[str, Any]:
+    """Bytes of the peak, of the parameters and of the data; or the words of a peer's refusal."""
+    if device == "cuda" and method == "jax-jvp":
+        return {"refused": "torch's allocator does not count the memory of JAX"}
+    torch.set_num_threads(THREADS)
+    problem = WORKS[work].problem(int(batch), torch.device(device), DTYPES[dtype])
+    parameters = sum(p.nbytes for p in problem.model.parameters())
+    try:
+        run = STEPS[method](problem)
+        for _ in range(STEPS_EACH):
+            run()
+    except Exception as error:
+        if method not in PEERS:
+            raise
+        return refusal(error)
+    count = cuda_peak if device == "cuda" else resident_peak
+    peak = count(run, lambda: forget(problem))
+    return {"peak": peak, "parameters": parameters, "data": problem.x.nbytes + problem.y.nbytes}
+
+
+def forget(problem: Problem) -> None:
+    """Drops the gradients that backpropagation leaves behind a step."""
+    problem.model.zero_grad(set_to_none=True)
+    gc.collect()
+
+
+def resident_peak(run: Callable[[], Any], settle: Callable[[], Any] = gc.collect) -> int:
+    """Bytes that some steps hold at most beyond what is resident before them."""
+    settle()
+    ctypes.CDLL(None).malloc_trim(0)
+    # 5 sets the high-water mark back to what is resident now
+    Path("/proc/self/clear_refs").write_text("5")
+    before = status("VmRSS")
+    for _ in range(STEPS_EACH):
+        run()
+    return max(0, status("VmHWM") - before)
+
+
+def status(field: str) -> int:
+    """Bytes of a field that Linux tells in kibibytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    (found,) = (line for line in lines if line.startswith(field + ":"))
+    return int(found.split()[1]) * 1024
+
+
+def cuda_peak(run: Callable[[], Any], settle: Callable[[], Any] = gc.collect) -> int:
+    """The same on the GPU, by the count of torch's own allocator."""
+    settle()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    for _ in range(STEPS_EACH):
+        run()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def page(results: dict[str, Any]) -> str:
+    """All of a results file as Markdown."""
+    works = results["works"]
+    sizes = ", ".join(
+        f"{name} {max(c.get('parameters', 0) for c in entry['methods'].values()) / MIB:.1f}"
+        for name, entry in works.items()
+    )
+    parts = tables("MiB above parameters and data (ratio to compiled backprop)", works, text)
+    parts.append(f"Parameters, MiB: {sizes}\n")
+    if lines := refusals(works):
+        parts.append(f"Refused:\n\n{lines}")
+    parts.append(f"{conditions(works)} Written by `make bench-memory`.\n")
+    return "\n".join(parts)
+
+
+def text(cell: dict[str, Any]) -> str:
+    ratio = f" ({cell['ratio']:.2f})" if "ratio" in cell else ""
+    return f"{cell['peak'] / MIB:.1f}{ratio}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,117 @@
+"""A whole training step for each method: directions, derivative and update, by name.
+
+`STEPS[name](problem)` returns a function of no arguments that runs one step and returns the loss.
+A peer that cannot run a problem raises whatever its framework raises, at the first step or before.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.func import functional_call
+from torch.nn.functional import cross_entropy
+from works import Problem, checkpointed
+
+from fwdcompile import FGD, Normal, Rademacher
+from fwdcompile.directions import Directions
+from fwdcompile.methods import METHODS, Config
+
+# small, because the deepest models leave float32 within a few steps of the paper's rate
+LR, DECAY = 1e-6, 1e-4
+Run = Callable[[], Any]
+RIVAL, BASE = "backprop-compiled", "base"
+
+
+def base(problem: Problem) -> Run:
+    """The base runtime of the paper's section 5.2: forward and loss, no derivative."""
+
+    @functools.partial(torch.compile, fullgraph=True, dynamic=False)
+    def objective(x: Tensor, y: Tensor) -> Tensor:
+        return cross_entropy(problem.model(x), y)
+
+    return lambda: torch.no_grad()(objective)(problem.x, problem.y)
+
+
+def runner_method(name: str, problem: Problem) -> Run:
+    """A method as `fwdcompile train` runs it, with directions from the normal distribution."""
+    step = METHODS[name](problem.model, Config(lr=LR, decay=DECAY), 0)
+    return lambda: step(problem.x, problem.y)
+
+
+def checkpointed_method(name: str, problem: Problem) -> Run:
+    """Backpropagation with activation checkpointing, its rival where memory counts."""
+    model = checkpointed(problem)
+    return runner_method(name, Problem(model, problem.x, problem.y, ()))
+
+
+def fgd(
+    directions: Callable[[], Directions], problem: Problem, compile: bool = True, **options: Any
+) -> Run:
+    settings = {"lr": LR, "decay": DECAY, "directions": directions(), "compile": compile}
+    trainer = FGD(problem.model, cross_entropy, **settings, **options)
+    return lambda: trainer.step(problem.x, problem.y)
+
+
+def forward_ad_slope(
+    problem: Problem, values: dict[str, Tensor], dots: dict[str, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """The loss and its derivative along `dots`, by dual tensors."""
+    with forward_ad.dual_level():
+        duals = {name: forward_ad.make_dual(values[name], dots[name]) for name in values}
+        out = functional_call(problem.model, duals, (problem.x,))
+        return forward_ad.unpack_dual(cross_entropy(out, problem.y))
+
+
+def forward_ad_method(problem: Problem) -> Run:
+    """The peer torch.autograd.forward_ad, which runs eagerly."""
+    values = {name: p.detach() for name, p in problem.model.named_parameters()}
+    generator = torch.Generator(problem.x.device).manual_seed(0)
+    iteration = 0
+
+    @torch.no_grad()
+    def step() -> Tensor:
+        nonlocal iteration
+        dots = {n: torch.empty_like(v).normal_(generator=generator) for n, v in values.items()}
+        loss, slope = forward_ad_slope(problem, values, dots)
+        rate = LR * math.exp(-DECAY * iteration)
+        if not math.isfinite(move := rate * float(slope)):
+            raise ArithmeticError("the derivative is not finite")
+        torch._foreach_add_(list(values.values()), list(dots.values()), alpha=-move)
+        iteration += 1
+        return loss
+
+    return step
+
+
+def jax_method(problem: Problem) -> Run:
+    # how many threads XLA starts; JAX has no option for it
+    os.environ.setdefault("NPROC", str(torch.get_num_threads()))
+    from peers_jax import jax_step
+
+    return jax_step(problem, LR, DECAY)
+
+
+STEPS: dict[str, Callable[[Problem], Run]] = {
+    BASE: base,
+    "backprop": functools.partial(runner_method, "backprop"),
+    RIVAL: functools.partial(runner_method, RIVAL),
+    "backprop-checkpointed": functools.partial(checkpointed_method, "backprop"),
+    "backprop-checkpointed-compiled": functools.partial(checkpointed_method, RIVAL),
+    "fgd rademacher": functools.partial(fgd, Rademacher),
+    "fgd rank-one": functools.partial(fgd, functools.partial(Rademacher, rank_one=True)),
+    "fgd normal": functools.partial(fgd, Normal),
+    "fgd normal regenerated": functools.partial(fgd, Normal, store_directions=False),
+    "torch-jvp": functools.partial(runner_method, "torch-jvp"),
+    "torch-jvp-compiled": functools.partial(runner_method, "torch-jvp-compiled"),
+    "forward-ad": forward_ad_method,
+    "jax-jvp": jax_method,
+}
+PEERS = {"backprop-checkpointed-compiled", "torch-jvp", "torch-jvp-compiled", "forward-ad"}
+PEERS |= {"jax-jvp"}

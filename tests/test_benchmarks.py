@@ -1,0 +1,271 @@
+"""The benchmarks: what they time is a whole step of the same model, and they count as they say."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import memory
+import pytest
+import results
+import step
+import torch
+from plots import main as plot
+from steps import LR, PEERS, STEPS, forward_ad_slope
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from works import DEPTHS, PAPER, VOCABULARY, WORKS, Problem, checkpointed
+
+import fwdcompile
+from fwdcompile.objective import Objective
+
+CPU = torch.device("cpu")
+FGD = [name for name in STEPS if name.startswith("fgd ")]
+EAGER = [*FGD, "backprop", "backprop-checkpointed", "torch-jvp", "forward-ad"]
+MIB = 2**20
+linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+
+
+def tiny(dtype: torch.dtype = torch.float64) -> Problem:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)).to(dtype)
+    return Problem(model, torch.randn(8, 4, dtype=dtype), torch.randint(2, (8,)), ())
+
+
+def copied(problem: Problem) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in problem.model.named_parameters()}
+
+
+def slope(problem: Problem, dots: dict[str, Tensor]) -> Tensor:
+    fwd = fwdcompile.transform(Objective(problem.model, cross_entropy))
+    return fwd(problem.x, problem.y, tangents=dots)[1].detach()
+
+
+def generated(problem: Problem) -> dict[str, Tensor]:
+    """The directions of the first step of the eager peers."""
+    generator = torch.Generator().manual_seed(0)
+    return {n: torch.empty_like(p).normal_(generator=generator) for n, p in copied(problem).items()}
+
+
+@pytest.mark.parametrize("method", EAGER)
+def test_a_step_returns_the_loss_before_it_and_changes_every_parameter(method: str) -> None:
+    problem = tiny()
+    before, expected = copied(problem), cross_entropy(problem.model(problem.x), problem.y)
+    loss = STEPS[method](problem, **({"compile": False} if method in FGD else {}))()
+    torch.testing.assert_close(loss, expected.detach())
+    after = list(problem.model.parameters())
+    assert all(not torch.equal(a, b) for a, b in zip(before.values(), after, strict=True))
+
+
+@pytest.mark.parametrize("method", ["torch-jvp", "forward-ad"])
+def test_peers_move_by_the_slope_that_fwdcompile_finds_along_their_direction(method: str) -> None:
+    problem = tiny()
+    before, dots = copied(problem), generated(problem)
+    expected = slope(problem, dots)
+    STEPS[method](problem)()
+    for name, after in problem.model.named_parameters():
+        moved = (after.detach() - before[name]) / -LR
+        torch.testing.assert_close(moved, expected * dots[name], rtol=1e-6, atol=1e-9)
+
+
+def test_forward_ad_finds_the_slope_of_tied_weights() -> None:
+    problem = WORKS["gpt2-block"].problem(1, CPU, torch.float64)
+    problem.model.attention = nn.Identity()
+    dots = generated(problem)
+    found = forward_ad_slope(problem, copied(problem), dots)[1]
+    torch.testing.assert_close(found, slope(problem, dots))
+
+
+def test_jax_trains_the_same_model_from_the_same_weights() -> None:
+    jax = pytest.importorskip("jax")
+    import peers_jax
+
+    torch.manual_seed(0)
+    layers = nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten()
+    model = nn.Sequential(*layers, nn.Linear(64, 3), nn.ReLU(), nn.Linear(3, 2, bias=False))
+    problem = Problem(model, torch.randn(5, 1, 8, 8), torch.randint(2, (5,)), ())
+    dots = generated(problem)
+    parameters, apply = peers_jax.translate(model)
+    x, y = peers_jax.image(problem.x), peers_jax.array(problem.y)
+    values, tangents = ([peers_jax.weight(p) for p in ps] for ps in (parameters, dots.values()))
+    found = jax.jvp(lambda ps: peers_jax.cross_entropy(apply(ps, x), y), (values,), (tangents,))
+    expected = cross_entropy(model(problem.x), problem.y).detach(), slope(problem, dots)
+    torch.testing.assert_close(tuple(torch.tensor(float(f)) for f in found), expected)
+
+    run = peers_jax.jax_step(problem, 0.1, 0.0)
+    losses = [float(run()) for _ in range(3)]
+    assert losses[0] == pytest.approx(float(expected[0]), rel=1e-5)
+    assert len(set(losses)) == 3
+
+
+def test_jax_refuses_what_is_no_sequence_of_layers_it_knows() -> None:
+    pytest.importorskip("jax")
+    import peers_jax
+
+    for model in (nn.Linear(2, 2), nn.Sequential(nn.Tanh())):
+        with pytest.raises(NotImplementedError, match="the JAX peer"):
+            peers_jax.translate(model)
+
+
+@pytest.mark.parametrize("name", [n for n in WORKS if n not in ("mlp-depth-30", "mlp-depth-100")])
+def test_a_work_gives_logits_for_its_classes(name: str) -> None:
+    problem = WORKS[name].problem(2, CPU, torch.float32)
+    logits = problem.model(problem.x)
+    assert logits.shape == (len(problem.y), VOCABULARY if name == "gpt2-block" else 10)
+    assert cross_entropy(logits, problem.y).isfinite()
+    again = WORKS[name].problem(2, CPU, torch.float32)
+    assert torch.equal(again.x, problem.x)
+    pairs = zip(again.model.parameters(), problem.model.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_a_work_of_depth_d_has_d_layers_of_width_1024() -> None:
+    for depth in DEPTHS[:3]:
+        weights = list(WORKS[f"mlp-depth-{depth}"].build().parameters())
+        shapes = [(1024, 784), *[(1024, 1024)] * (depth - 1), (10, 1024)]
+        assert [tuple(w.shape) for w in weights] == shapes
+
+
+@pytest.mark.parametrize("name", ["mlp-depth-10", "resnet18", "vit-block", "gpt2-block"])
+def test_checkpointing_stores_less_and_changes_no_gradient(name: str) -> None:
+    def gradients(model: nn.Module, problem: Problem) -> tuple[list[Tensor], int]:
+        stored: set[int] = set()
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda x: (stored.add(x.untyped_storage().data_ptr()), x)[1], lambda x: x
+        ):
+            loss = cross_entropy(model(problem.x), problem.y)
+            count = len(stored)
+        return list(torch.autograd.grad(loss, list(model.parameters()))), count
+
+    problem = WORKS[name].problem(2, CPU, torch.float32)
+    expected, all_stored = gradients(problem.model, problem)
+    found, few_stored = gradients(checkpointed(problem), problem)
+    torch.testing.assert_close(found, expected)
+    assert few_stored < 0.7 * all_stored
+
+
+def cell(ms: float) -> dict[str, Any]:
+    return {"ms": ms, "ratio": ms / 2, "first step, seconds": 1.0}
+
+
+def entry(work: str, methods: dict[str, Any], batch: int = 64) -> dict[str, Any]:
+    return results.header(work, batch, "float32", "cpu") | {"methods": methods}
+
+
+def test_a_run_replaces_its_own_entry_and_no_other(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "step-cpu.json"
+    results.replace(path, "cnn", entry("cnn", {"base": cell(1)}))
+    results.replace(path, "mlp", entry("mlp", {"base": cell(2)}))
+    found = results.replace(path, "cnn", entry("cnn", {"base": cell(3)}))
+    assert found == results.load(path) == json.loads(path.read_text())
+    assert list(found["works"]) == ["mlp", "cnn"]
+    assert [e["methods"]["base"]["ms"] for e in found["works"].values()] == [2, 3]
+    environment = found["works"]["mlp"]["environment"]
+    assert environment["torch"] == torch.__version__ and environment["device"]
+
+
+def test_a_file_of_another_layout_is_begun_anew(tmp_path: Path) -> None:
+    (tmp_path / "old.json").write_text('{"models": {}}')
+    assert results.load(tmp_path / "old.json") == {"works": {}}
+
+
+def test_an_entry_is_named_by_what_is_not_the_default() -> None:
+    assert results.entry_name("mlp", 64, "float32") == "mlp"
+    assert results.entry_name("mlp", 8, "bfloat16") == "mlp, batch 8, bfloat16"
+
+
+def test_the_page_begins_with_the_papers_works_and_names_who_refused() -> None:
+    refused = results.refusal(ValueError("\nno rule\nmore"))
+    works = {name: entry(name, {"base": cell(1), "backprop": cell(2)}) for name in PAPER}
+    works["resnet18"] = entry("resnet18", {"base": cell(3), "forward-ad": refused})
+    first, second, *_ = step.page({"works": works}).split("\n\n")
+    assert first.splitlines() == [
+        "| ms a step (ratio to compiled backprop) | logistic-regression | mlp | cnn |",
+        "|---|---|---|---|",
+        "| base | 1.00 (0.50) | 1.00 (0.50) | 1.00 (0.50) |",
+        "| backprop | 2.00 (1.00) | 2.00 (1.00) | 2.00 (1.00) |",
+    ]
+    assert second.splitlines()[2:] == ["| base | 3.00 (1.50) |", "| forward-ad | refused |"]
+    assert "- resnet18, forward-ad: `ValueError: no rule`" in step.page({"works": works})
+
+
+def test_ratios_are_medians_over_paired_turns() -> None:
+    turns = {"backprop-compiled": [1.0, 2.0, 4.0], "base": [2.0, 2.0, 2.0]}
+    found = step.summary(turns, "base", 5.0)
+    assert found == {"ms": 2000.0, "first step, seconds": 5.0, "ratio": 1.0}
+
+
+def test_only_peers_may_refuse(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(problem: Problem) -> Any:
+        raise RuntimeError("cannot")
+
+    for method in ("backprop", "forward-ad"):
+        monkeypatch.setitem(STEPS, method, broken)
+    work = WORKS["logistic-regression"]
+    methods = ["torch-jvp", "forward-ad"]
+    found = step.measure(work, methods, 2, CPU, torch.float32, 2)
+    assert found["forward-ad"] == {"refused": "RuntimeError: cannot"}
+    assert found["torch-jvp"]["ms"] > 0
+    with pytest.raises(RuntimeError, match="cannot"):
+        step.measure(work, ["backprop"], 2, CPU, torch.float32, 2)
+    assert not any(name.startswith(("fgd", "base")) for name in PEERS)
+
+
+def test_plots_are_written_and_equal_for_equal_results(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    peak = {"peak": 3 * MIB, "parameters": MIB, "data": 1}
+    for name in ("mlp", "mlp-depth-1", "mlp-depth-3", "resnet18"):
+        methods = {"base": cell(1), "forward-ad": {"refused": "no"}}
+        results.replace(tmp_path / "step-cpu.json", name, entry(name, methods))
+        results.replace(tmp_path / "memory-cpu.json", name, entry(name, {"base": peak}))
+    monkeypatch.setattr(sys, "argv", ["plots.py", "--out", str(tmp_path)])
+    texts = []
+    for _ in range(2):
+        plot()
+        texts.append((tmp_path / "step-cpu.svg").read_text())
+    made = sorted(path.name for path in tmp_path.glob("*-cpu.[ps]*g"))
+    stems = ("blocks", "depth", "memory", "step")
+    assert made == [f"{stem}-cpu.{kind}" for stem in stems for kind in ("png", "svg")]
+    assert texts[0] == texts[1] and "refused" in texts[0]
+
+
+KNOWN = """
+import torch
+from memory import MIB, resident_peak
+
+def three_after_two():
+    a, b = torch.ones(8 * MIB), torch.ones(8 * MIB)
+    del a
+    c = torch.ones(8 * MIB)
+    d = c + 1
+
+kept = torch.ones(16 * MIB)
+resident_peak(three_after_two)
+for run in (lambda: torch.ones(16 * MIB), three_after_two, lambda: None):
+    print(resident_peak(run) / MIB)
+"""
+
+
+@linux
+def test_memory_counts_what_is_live_at_once() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", KNOWN],
+        cwd=Path(memory.__file__).parent,
+        env=os.environ | memory.ALLOCATOR,
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert [float(line) for line in done.stdout.split()] == pytest.approx([64, 96, 0], abs=2)
+
+
+@linux
+def test_memory_of_backprop_in_a_fresh_process_holds_its_gradients() -> None:
+    found = memory.fresh("mlp-depth-1", "backprop", 64, "cpu", "float32")
+    assert found["parameters"] == 4 * (784 * 1024 + 1024 * 10)
+    assert found["parameters"] < found["peak"] < 2.5 * found["parameters"]
