@@ -56,6 +56,7 @@ def fgd(
 ) -> Run:
     settings = {"lr": LR, "decay": DECAY, "directions": directions(), "compile": compile}
     trainer = FGD(problem.model, cross_entropy, **settings, **options)
+    trainer.calibrate(problem.x, problem.y)
     return lambda: trainer.step(problem.x, problem.y)
 
 
