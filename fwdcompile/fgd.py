@@ -11,7 +11,7 @@ from torch import Tensor
 from .directions import Directions, Normal, RankOne, scaled, stream_keys
 from .forward import Lowered
 from .parts import Model
-from .stepper import NonFinite, Stepper, fresh
+from .stepper import NonFinite, Stepper
 
 
 class FGD(Stepper):
@@ -59,7 +59,7 @@ class FGD(Stepper):
             raise ValueError(f"lr must be positive and decay not negative, not {lr} and {decay}")
         chosen = Normal() if directions is None else directions
         super().__init__(model, loss_fn, chosen, samples, seed, compile, mode, nonfinite)
-        self.store_directions = store_directions
+        self._store_directions = store_directions
         self._redraws: dict[Any, Callable[..., None]] = {}
         self._lr = torch.tensor(lr, dtype=torch.float64, device=self._seed.device)
         self._decay = torch.tensor(decay, dtype=torch.float64, device=self._seed.device)
@@ -116,7 +116,7 @@ class FGD(Stepper):
             loss, finite, trained, drawn, slopes = self._estimate(lowered, tensors, seed, count)
             rate = lr * torch.exp(-decay * count)
             moves = [torch.where(finite, -rate / len(slopes) * d, 0.0) for d in slopes]
-            if not self.store_directions:
+            if not self._store_directions:
                 return loss, finite, moves, stream_keys(seed, count, self.samples, len(trained))
             for name, parameter in trained.items():
                 _move(parameter, [dots[name] for dots in drawn], moves)
@@ -135,10 +135,7 @@ class FGD(Stepper):
                 dots = [self.directions.draw(shape, key=key, dtype=dtype) for key in keys]
                 _move(parameter, dots, moves)
 
-            run = fresh(update)
-            if self._compile:
-                run = torch.compile(run, fullgraph=True, dynamic=False, mode=self._mode)
-            self._redraws[kind] = run
+            self._redraws[kind] = self._compiled(update)
         self._redraws[kind](parameter, keys, moves)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from .parts import Model, input_leaves, modules_of
 from .program import output_nodes, value
 
 NonFinite = Literal["raise", "skip"]
+_ON_TENSORS = functools.partial(torch.compiler.keep_tensor_guards_unsafe, keep_parameters=True)
 Drawn = dict[str, Tensor | RankOne]
 
 
@@ -62,9 +64,10 @@ class Stepper:
             raise ValueError(f"samples must be at least 1, not {samples}")
         if nonfinite not in ("raise", "skip"):
             raise ValueError(f'nonfinite is "raise" or "skip", not {nonfinite!r}')
+        if mode not in torch._inductor.list_mode_options():
+            raise ValueError(f"torch.compile must know the mode, and has none called {mode!r}")
         self.objective = Objective(model, loss_fn)
-        self.directions = directions
-        self.samples = samples
+        self._directions, self._samples = directions, samples
         self.nonfinite = nonfinite
         self.iteration = 0
         self._compile, self._mode = compile, mode
@@ -77,6 +80,16 @@ class Stepper:
         device = trained[0].device
         self._seed = torch.tensor(seed, dtype=torch.int64, device=device)
         self._step = torch.tensor(0, dtype=torch.int64, device=device)
+
+    @property
+    def directions(self) -> Directions:
+        """Where v comes from; fixed, for steps are compiled for it."""
+        return self._directions
+
+    @property
+    def samples(self) -> int:
+        """Directions a step; fixed, for steps are compiled for it."""
+        return self._samples
 
     @property
     def code(self) -> str:
@@ -109,13 +122,26 @@ class Stepper:
         if key not in self._plans:
             lowered = self._forward.lower(*inputs, **self._asked(), **kwargs)
             _check_loss(lowered)
-            run = fresh(self._body(lowered))
-            if self._compile:
-                run = torch.compile(run, fullgraph=True, dynamic=False, mode=self._mode)
+            run = self._compiled(self._body(lowered))
             names = [name for name, _ in input_leaves(self.objective, inputs, kwargs)]
             places = {name: i for i, name in enumerate(names)}
             self._plans[key] = Plan(run, lowered, state_homes(self.objective), places)
         return self._plans[key], leaves
+
+    def _compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function compiled, with a code object of its own: dynamo counts recompilations by it.
+
+        Of torch's guards those on tensors are kept. All else that a step reads is fixed or part of
+        the key of its plan, and looking at it takes a tenth of a small model's step.
+        """
+        if not self._compile:
+            return function
+        code = function.__code__.replace()
+        fresh = types.FunctionType(
+            code, function.__globals__, function.__name__, closure=function.__closure__
+        )
+        options = torch._inductor.list_mode_options(self._mode) | {"guard_filter_fn": _ON_TENSORS}
+        return torch.compile(fresh, fullgraph=True, dynamic=False, options=options)
 
     def _body(self, lowered: Lowered) -> Callable[..., Any]:
         raise NotImplementedError
@@ -178,17 +204,6 @@ def _flatten(inputs: Sequence[Any], kwargs: dict[str, Any]) -> tuple[list[Any], 
     if not kwargs and all(isinstance(x, Tensor) for x in inputs):
         return list(inputs), len(inputs)
     return pytree.tree_flatten((inputs, kwargs))
-
-
-def fresh(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function with a code object of its own: torch.compile counts recompilations by code."""
-    return types.FunctionType(
-        function.__code__.replace(),
-        function.__globals__,
-        function.__name__,
-        function.__defaults__,
-        function.__closure__,
-    )
 
 
 def _check_loss(lowered: Lowered) -> None:

@@ -163,7 +163,8 @@ def test_the_loss_must_be_a_floating_scalar(loss_fn: Any, message: str) -> None:
 
 
 def test_bad_settings_are_refused() -> None:
-    for settings in ({"lr": 0.0}, {"lr": 1.0, "decay": -1.0}, {"lr": 1.0, "samples": 0}):
+    for settings in ({"lr": 0.0}, {"lr": 1.0, "decay": -1.0}, {"lr": 1.0, "samples": 0},
+                     {"lr": 1.0, "mode": "fast"}):  # fmt: skip
         with pytest.raises(ValueError, match="must be|at least"):
             FGD(Mlp(), F.cross_entropy, **settings)  # type: ignore[arg-type]
     with pytest.raises(fwdcompile.TangentError, match="requires a gradient"):
