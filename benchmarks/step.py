@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import statistics
 import time
 from pathlib import Path
@@ -45,7 +46,8 @@ WARM_UP = 3
 # threads of one framework spin a while after their last work, beside those of the next
 PAUSE = 0.02
 CAPTURED = "capture and transform, seconds"
-OTHERS = ("torch-jvp-compiled", "jax-jvp")
+COMPILED_PEER, JAX = "torch-jvp-compiled", "jax-jvp"
+RATIOS = ("fgd normal", "fgd rank-one")
 
 
 def main() -> None:
@@ -91,11 +93,15 @@ def measure(
     dtype: torch.dtype,
     pairs: int,
 ) -> Cells:
-    """Milliseconds of a step, ratios to rivals, seconds of the first step; or who refused."""
+    """Milliseconds of a step, ratios to rivals, seconds of the first step; or who refused.
+
+    JAX comes last and takes turns with few: its threads spin on and would disturb all others.
+    """
     runs: dict[str, Run] = {}
     first: dict[str, float] = {}
     refused: Cells = {}
-    for method in methods:
+
+    def start(method: str) -> None:
         try:
             runs[method] = STEPS[method](work.problem(batch, device, dtype))
             first[method] = timed(runs[method], 1, device)
@@ -104,22 +110,45 @@ def measure(
                 raise
             runs.pop(method, None)
             refused[method] = refusal(error)
+
+    for method in methods:
+        if method != JAX:
+            start(method)
+    turns = take_turns(runs, work.inner, device, pairs)
+    cells = {method: summary(turns, method, first[method]) for method in runs}
+    if JAX in methods:
+        start(JAX)
+    if JAX in runs:
+        against = {m: runs[m] for m in (JAX, RIVAL, *RATIOS) if m in runs}
+        turns = take_turns(against, work.inner, device, pairs, PAUSE)
+        cells[JAX] = summary(turns, JAX, first[JAX])
+        for method in set(RATIOS) & set(runs):
+            pairs_of = zip(turns[method], turns[JAX], strict=True)
+            cells[method][f"ratio to {JAX}"] = statistics.median(a / b for a, b in pairs_of)
+    runs.clear()
+    torch._dynamo.reset()
+    gc.collect()
+    return {m: refused.get(m) or cells[m] for m in methods}
+
+
+def take_turns(
+    runs: dict[str, Run], inner: int, device: torch.device, pairs: int, pause: float = 0.0
+) -> dict[str, list[float]]:
+    """Seconds of a step of each method, `pairs` times in turn, after a few that do not count."""
     for run in runs.values():
         timed(run, WARM_UP, device)
     turns: dict[str, list[float]] = {method: [] for method in runs}
     for _ in range(pairs):
         for method, run in runs.items():
-            turns[method].append(timed(run, work.inner, device))
-    runs.clear()
-    torch._dynamo.reset()
-    gc.collect()
-    return {m: refused.get(m) or summary(turns, m, first[m]) for m in methods}
+            time.sleep(pause)
+            turns[method].append(timed(run, inner, device))
+    return turns
 
 
 def summary(turns: dict[str, list[float]], method: str, first: float) -> dict[str, float]:
     """Medians of the turns of one method; ratios to whom else took part."""
     cell = {"ms": statistics.median(turns[method]) * 1e3, "first step, seconds": first}
-    for other, key in ((RIVAL, "ratio"), *((o, f"ratio to {o}") for o in OTHERS)):
+    for other, key in ((RIVAL, "ratio"), (COMPILED_PEER, f"ratio to {COMPILED_PEER}")):
         if other in turns:
             pairs = zip(turns[method], turns[other], strict=True)
             cell[key] = statistics.median(mine / theirs for mine, theirs in pairs)
@@ -129,7 +158,6 @@ def summary(turns: dict[str, list[float]], method: str, first: float) -> dict[st
 def timed(run: Run, repeats: int, device: torch.device) -> float:
     """Mean seconds of a step."""
     synchronize(device)
-    time.sleep(PAUSE)
     began = time.perf_counter()
     for _ in range(repeats):
         run()
@@ -154,12 +182,12 @@ def page(results: dict[str, Any]) -> str:
     """All of a results file as Markdown: times, the first steps, the other ratios, refusals."""
     works = results["works"]
     parts = tables("ms a step (ratio to compiled backprop)", works, time_text)
-    for other in OTHERS:
-        ratios = {n: e["methods"].get("fgd normal", {}).get(f"ratio to {other}") for n, e in
-                  works.items()}  # fmt: skip
+    for method, other in itertools.product(RATIOS, (COMPILED_PEER, JAX)):
+        cells = {n: e["methods"].get(method, {}) for n, e in works.items()}
+        ratios = {n: cell.get(f"ratio to {other}") for n, cell in cells.items()}
         texts = [f"{name} {ratio:.2f}" for name, ratio in ratios.items() if ratio is not None]
         if texts:
-            parts.append(f"Ratio of fgd normal to {other}: {', '.join(texts)}\n")
+            parts.append(f"Ratio of {method} to {other}: {', '.join(texts)}\n")
     parts += tables("seconds of the first step", works, lambda c: f"{c['first step, seconds']:.1f}")
     if CAPTURED in results:
         lowered = ", ".join(f"{name} {s:.1f} s" for name, s in results[CAPTURED].items())
