@@ -46,7 +46,7 @@ WARM_UP = 3
 # threads of one framework spin a while after their last work, beside those of the next
 PAUSE = 0.02
 CAPTURED = "capture and transform, seconds"
-COMPILED_PEER, JAX = "torch-jvp-compiled", "jax-jvp"
+COMPILED_PEERS, JAX = ("torch-jvp-compiled", "torch-jvp-randn-compiled"), "jax-jvp"
 RATIOS = ("fgd normal", "fgd rank-one")
 
 
@@ -148,7 +148,7 @@ def take_turns(
 def summary(turns: dict[str, list[float]], method: str, first: float) -> dict[str, float]:
     """Medians of the turns of one method; ratios to whom else took part."""
     cell = {"ms": statistics.median(turns[method]) * 1e3, "first step, seconds": first}
-    for other, key in ((RIVAL, "ratio"), (COMPILED_PEER, f"ratio to {COMPILED_PEER}")):
+    for other, key in ((RIVAL, "ratio"), *((peer, f"ratio to {peer}") for peer in COMPILED_PEERS)):
         if other in turns:
             pairs = zip(turns[method], turns[other], strict=True)
             cell[key] = statistics.median(mine / theirs for mine, theirs in pairs)
@@ -182,7 +182,7 @@ def page(results: dict[str, Any]) -> str:
     """All of a results file as Markdown: times, the first steps, the other ratios, refusals."""
     works = results["works"]
     parts = tables("ms a step (ratio to compiled backprop)", works, time_text)
-    for method, other in itertools.product(RATIOS, (COMPILED_PEER, JAX)):
+    for method, other in itertools.product(RATIOS, (*COMPILED_PEERS, JAX)):
         cells = {n: e["methods"].get(method, {}) for n, e in works.items()}
         ratios = {n: cell.get(f"ratio to {other}") for n, cell in cells.items()}
         texts = [f"{name} {ratio:.2f}" for name, ratio in ratios.items() if ratio is not None]

@@ -111,8 +111,9 @@ STEPS: dict[str, Callable[[Problem], Run]] = {
     "fgd normal regenerated": functools.partial(fgd, Normal, store_directions=False),
     "torch-jvp": functools.partial(runner_method, "torch-jvp"),
     "torch-jvp-compiled": functools.partial(runner_method, "torch-jvp-compiled"),
+    "torch-jvp-randn-compiled": functools.partial(runner_method, "torch-jvp-randn-compiled"),
     "forward-ad": forward_ad_method,
     "jax-jvp": jax_method,
 }
 PEERS = {"backprop-checkpointed-compiled", "torch-jvp", "torch-jvp-compiled", "forward-ad"}
-PEERS |= {"jax-jvp"}
+PEERS |= {"torch-jvp-randn-compiled", "jax-jvp"}

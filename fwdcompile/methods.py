@@ -136,16 +136,21 @@ def backprop(model: nn.Module, config: Config, seed: int, compiled: bool = False
     return step
 
 
-def torch_jvp(model: nn.Module, config: Config, seed: int, compiled: bool = False) -> Step:
+def torch_jvp(
+    model: nn.Module, config: Config, seed: int, compiled: bool = False, own: bool = False
+) -> Step:
     """The peer: forward gradient descent over torch.func.jvp.
 
     Directions come from torch's generator where the step is eager, from hashed counters where it
-    is compiled: each is the faster way there.
+    is compiled: each is the faster way there. `own` takes torch's own numbers in a compiled step,
+    as one writes it without this package; they do not follow `seed`.
     """
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     device = next(iter(parameters.values())).device
     count = torch.zeros((), dtype=torch.int64, device=device)
-    draw = _hashed(config, seed, count) if compiled else _generated(config, seed, device)
+    hashed = compiled and not own
+    generator = None if own else torch.Generator(device).manual_seed(seed % 2**63)
+    draw = _hashed(config, seed, count) if hashed else _generated(config, generator)
 
     def update(x: Tensor, y: Tensor, values: list[Tensor]) -> tuple[Tensor, Tensor]:
         def objective(*ps: Tensor) -> Tensor:
@@ -183,6 +188,7 @@ METHODS: dict[str, Callable[[nn.Module, Config, int], Step]] = {
     "backprop-compiled": functools.partial(backprop, compiled=True),
     "torch-jvp": torch_jvp,
     "torch-jvp-compiled": functools.partial(torch_jvp, compiled=True),
+    "torch-jvp-randn-compiled": functools.partial(torch_jvp, compiled=True, own=True),
 }
 
 
@@ -212,9 +218,7 @@ def _hashed(config: Config, seed: int, count: Tensor) -> Draw:
     return draw
 
 
-def _generated(config: Config, seed: int, device: torch.device) -> Draw:
-    generator = torch.Generator(device).manual_seed(seed % 2**63)
-
+def _generated(config: Config, generator: torch.Generator | None) -> Draw:
     def numbers(like: Tensor) -> Tensor:
         if config.directions == "normal":
             return torch.empty_like(like).normal_(generator=generator)

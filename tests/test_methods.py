@@ -167,9 +167,18 @@ def test_config_refuses(changes: dict[str, Any], message: str) -> None:
 
 def test_which_methods_compile() -> None:
     assert [m for m in METHODS if Config().compiles(m)] == [
-        "fgd", "backprop-compiled", "torch-jvp-compiled",
+        "fgd", "backprop-compiled", "torch-jvp-compiled", "torch-jvp-randn-compiled",
     ]  # fmt: skip
     assert not config().compiles("fgd")
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("directions", ["normal", "rademacher"])
+def test_the_peer_with_torchs_own_numbers_learns(directions: str) -> None:
+    model, x, y = problem()
+    step = METHODS["torch-jvp-randn-compiled"](model, config(directions=directions), 0)
+    losses = [float(step(x, y)) for _ in range(30)]
+    assert losses[-1] < losses[0]
 
 
 @pytest.mark.parametrize("directions", ["normal", "rademacher"])
