@@ -27,7 +27,7 @@ from works import WORKS, Problem
 from fwdcompile import Rademacher
 
 COUNTED = ("logistic-regression", "mlp", "cnn", "mlp-depth-100", "resnet18")
-SIDE, ROUNDS = 2048, 20
+SIDES, ROUNDS = (512, 1024, 2048), 100
 METHODS = {
     "base": "base",
     "backprop": "backprop-compiled",
@@ -52,14 +52,15 @@ def main() -> None:
 
 
 def operations_a_second() -> float:
-    """The fastest of a few large matrix products."""
-    a, b = torch.randn(SIDE, SIDE), torch.randn(SIDE, SIDE)
-    seconds = []
-    for _ in range(ROUNDS):
-        began = time.perf_counter()
-        torch.mm(a, b)
-        seconds.append(time.perf_counter() - began)
-    return 2 * SIDE**3 / min(seconds)
+    """Of the fastest of a few large matrix products."""
+    rates = []
+    for side in SIDES:
+        a, b = torch.randn(side, side), torch.randn(side, side)
+        for _ in range(ROUNDS):
+            began = time.perf_counter()
+            torch.mm(a, b)
+            rates.append(2 * side**3 / (time.perf_counter() - began))
+    return max(rates)
 
 
 def counted(name: str) -> dict[str, float]:
@@ -101,8 +102,8 @@ def table(rows: dict[str, dict[str, float]], peak: float, times: dict[str, Any])
             cells.append(f"{counts[method] / 1e6:.0f}; {1e3 * counts[method] / peak:.2f}; {told}")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     lines.append("")
-    lines.append(f"At {peak / 1e9:.0f} thousand million operations a second, the fastest of "
-                 f"{ROUNDS} products of {SIDE} by {SIDE} matrices.")  # fmt: skip
+    rate = f"{peak / 1e9:.0f} thousand million operations a second"
+    lines.append(f"The least ms are at {rate}, those of the fastest product of square matrices.")
     return "\n".join(lines) + "\n"
 
 
