@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from . import rule
+from .costs import best_form
 from .data import Dataset, import_torchvision, load
 from .errors import FwdcompileError
 from .forward import transform
@@ -119,8 +120,7 @@ def show(
     first, last = _lines(lines)
     inputs = [_example(text) for text in input or [DEFAULT_INPUT]]
     target = _import(model)
-    trained = isinstance(target, nn.Module) and any(p.requires_grad for p in target.parameters())
-    names = tangents or ("parameters" if trained else "inputs")
+    names = tangents or _usual_tangents(target)
     chosen = names if names in ("parameters", "inputs") else names.split(",")
     lowered = transform(target).lower(*inputs, tangents=chosen, rank_one=rank_one)
     text = "\n".join(lowered.code.splitlines()[first:last])
@@ -130,6 +130,30 @@ def show(
         typer.echo(text)
     if picture is not None:
         draw(lowered.graph(), picture)
+
+
+@app.command()
+def calibrate(
+    model: Annotated[str, typer.Argument(help="module:name of a module, factory or function")],
+    input: Annotated[
+        list[str] | None, typer.Option(help="shape of an input, as 64,1,28,28; once for each")
+    ] = None,
+    rank_one: Annotated[
+        bool, typer.Option("--rank-one", help="tangents of weights are outer products")
+    ] = False,
+    samples: Annotated[int, typer.Option(help="directions a step")] = 1,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1")] = "cpu",
+) -> None:
+    """Measures the products of a model; programs generated later take the fastest form of each."""
+    target, where = _import(model), _device(device)
+    if isinstance(target, nn.Module):
+        target = target.to(where)
+    inputs = [_example(text).to(where) for text in input or [DEFAULT_INPUT]]
+    products = transform(target).calibrate(
+        *inputs, tangents=_usual_tangents(target), directions=samples, rank_one=rank_one
+    )
+    for product in dict.fromkeys(products):
+        typer.echo(f"{product.key}: {best_form(product)}")
 
 
 @app.command(name="rules")
@@ -204,6 +228,11 @@ def main(args: Sequence[str] | None = None) -> None:
 def _fail(message: str, code: int) -> None:
     typer.echo(f"fwdcompile: {message}", err=True)
     sys.exit(code)
+
+
+def _usual_tangents(target: Any) -> str:
+    trained = isinstance(target, nn.Module) and any(p.requires_grad for p in target.parameters())
+    return "parameters" if trained else "inputs"
 
 
 def _device(text: str) -> torch.device:

@@ -161,6 +161,21 @@ def test_show_draws_the_program(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "<svg" in picture.read_text(encoding="utf-8")
 
 
+def test_calibrate_prints_the_fastest_forms(capsys: pytest.CaptureFixture[str]) -> None:
+    call = ["calibrate", "torch.nn.functional:linear", "--input", "4,3", "--input", "5,3"]
+    with pytest.raises(SystemExit) as stop:
+        main([*call, "--samples", "2"])
+    assert not stop.value.code
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(": ")[0] for line in lines] == [
+        "3 linear 4x3 by 5x3 float32",
+        "1 linear 4x3 by 5x3 float32",
+    ]
+    assert {line.split(": ")[1] for line in lines} <= {
+        "apart", "stacked", "turned", "stacked and turned",
+    }  # fmt: skip
+
+
 def test_rules_lists_the_table(capsys: pytest.CaptureFixture[str]) -> None:
     out, _ = run("rules", capsys=capsys)
     assert out.splitlines()[-1] == f"{len(rule.table)} rows"
