@@ -222,7 +222,8 @@ def _generated(config: Config, generator: torch.Generator | None) -> Draw:
     def numbers(like: Tensor) -> Tensor:
         if config.directions == "normal":
             return torch.empty_like(like).normal_(generator=generator)
-        return torch.empty_like(like).random_(0, 2, generator=generator).mul_(2).sub_(1)
+        bits = torch.randint(0, 2, like.shape, generator=generator, device=like.device)
+        return (bits * 2 - 1).to(like.dtype)
 
     def one(value: Tensor) -> Tensor:
         if config.rank_one and value.ndim > 1:
