@@ -32,6 +32,7 @@ from results import (
     refusals,
     replace,
     tables,
+    with_ratio,
 )
 from steps import PEERS, RIVAL, STEPS
 from works import DEPTHS, WORKS, Problem
@@ -159,8 +160,7 @@ def page(results: dict[str, Any]) -> str:
 
 
 def text(cell: dict[str, Any]) -> str:
-    ratio = f" ({cell['ratio']:.2f})" if "ratio" in cell else ""
-    return f"{cell['peak'] / MIB:.1f}{ratio}"
+    return with_ratio(f"{cell['peak'] / MIB:.1f}", cell)
 
 
 if __name__ == "__main__":

@@ -104,6 +104,11 @@ def tables(title: str, works: dict[str, Any], text: Callable[[dict[str, Any]], s
     return [table(title, {n: cells[n] for n in names}, text) for names in groups if names]
 
 
+def with_ratio(number: str, cell: dict[str, Any]) -> str:
+    """A number, and behind it the ratio to compiled backpropagation where there is one."""
+    return f"{number} ({cell['ratio']:.2f})" if "ratio" in cell else number
+
+
 def refusals(works: dict[str, Any]) -> str:
     """A line for each peer that could not run a work, with its own words."""
     return "".join(

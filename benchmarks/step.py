@@ -32,6 +32,7 @@ from results import (
     replace,
     save,
     tables,
+    with_ratio,
 )
 from steps import PEERS, RIVAL, STEPS, Run
 from torch._inductor.utils import fresh_cache
@@ -123,8 +124,7 @@ def measure(
         turns = take_turns(against, work.inner, device, pairs, PAUSE)
         cells[JAX] = summary(turns, JAX, first[JAX])
         for method in set(RATIOS) & set(runs):
-            pairs_of = zip(turns[method], turns[JAX], strict=True)
-            cells[method][f"ratio to {JAX}"] = statistics.median(a / b for a, b in pairs_of)
+            cells[method][f"ratio to {JAX}"] = ratio(turns, method, JAX)
     runs.clear()
     torch._dynamo.reset()
     gc.collect()
@@ -150,9 +150,14 @@ def summary(turns: dict[str, list[float]], method: str, first: float) -> dict[st
     cell = {"ms": statistics.median(turns[method]) * 1e3, "first step, seconds": first}
     for other, key in ((RIVAL, "ratio"), *((peer, f"ratio to {peer}") for peer in COMPILED_PEERS)):
         if other in turns:
-            pairs = zip(turns[method], turns[other], strict=True)
-            cell[key] = statistics.median(mine / theirs for mine, theirs in pairs)
+            cell[key] = ratio(turns, method, other)
     return cell
+
+
+def ratio(turns: dict[str, list[float]], method: str, other: str) -> float:
+    """The median over paired turns."""
+    pairs = zip(turns[method], turns[other], strict=True)
+    return statistics.median(mine / theirs for mine, theirs in pairs)
 
 
 def timed(run: Run, repeats: int, device: torch.device) -> float:
@@ -203,8 +208,7 @@ def page(results: dict[str, Any]) -> str:
 
 
 def time_text(cell: dict[str, Any]) -> str:
-    ratio = f" ({cell['ratio']:.2f})" if "ratio" in cell else ""
-    return f"{cell['ms']:.2f}{ratio}"
+    return with_ratio(f"{cell['ms']:.2f}", cell)
 
 
 if __name__ == "__main__":

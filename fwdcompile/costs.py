@@ -113,6 +113,11 @@ def device_name(device: torch.device) -> str:
     """The name of the GPU, or of the processor, that a device is."""
     if device.type == "cuda":
         return str(torch.cuda.get_device_name(device))
+    return _processor()
+
+
+@functools.cache
+def _processor() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]

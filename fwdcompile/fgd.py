@@ -87,11 +87,8 @@ class FGD(Stepper):
         plan, loss, _, *rest = self._run(inputs, kwargs, self._lr, self._decay)
         if rest:
             moves, keys = rest
-            slots = plan.lowered.program.inputs
-            names = dict.fromkeys(slot.name for slot in slots if slot.kind == "tangent")
-            for number, name in enumerate(names):
-                home, key = plan.state[name]
-                self._redraw(home[key], keys[:, number], moves)
+            for number, parameter in enumerate(plan.trained()):
+                self._redraw(parameter, keys[:, number], moves)
         return loss.clone() if self._mode == "reduce-overhead" else loss
 
     def state_dict(self) -> dict[str, float]:
@@ -180,10 +177,7 @@ class ForwardGradient(Stepper):
         """
         plan, loss, finite, gradients = self._run(inputs, kwargs)
         if self.nonfinite == "raise" or finite:
-            names = (s.name for s in plan.lowered.program.inputs if s.kind == "tangent")
-            for name, gradient in zip(dict.fromkeys(names), gradients, strict=True):
-                home, key = plan.state[name]
-                parameter = home[key]
+            for parameter, gradient in zip(plan.trained(), gradients, strict=True):
                 parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
         return loss  # type: ignore[no-any-return]
 

@@ -129,8 +129,8 @@ def _einsum(equation: str, tensors: list[Any]) -> Any:
     if "." in letters or not result or len(set(letters)) < len(letters):
         return NotImplemented
     rest = letters[: outer.axis] + letters[outer.axis + 1 :]
-    factored = ",".join([*split, rest, letters[outer.axis]]) + "->" + result
-    return torch.einsum(factored, *tensors[:place], *tensors[place + 1 :], outer.v, outer.u)
+    equation = ",".join([*split, rest, letters[outer.axis]]) + "->" + result
+    return torch.einsum(equation, *tensors[:place], *tensors[place + 1 :], outer.v, outer.u)
 
 
 @factored("weight", aten.embedding.default)
@@ -180,7 +180,7 @@ def _by_taps(
     size, kernel = x.shape[2:], v.shape[1:]
     products = (v.flatten(1).mT @ x.flatten(2)).unflatten(2, size)  # type: ignore[no-untyped-call]
     padded = torch.constant_pad_nd(products, [p for one in reversed(padding) for p in (one, one)])
-    batch, tap, *steps = _contiguous_strides(padded.shape)
+    batch, tap, *steps = padded.stride()
     reach = [step * d for step, d in zip(steps, dilation, strict=True)]
     over = [tap * math.prod(kernel[i + 1 :]) + step for i, step in enumerate(reach)]
     places = [
@@ -192,10 +192,6 @@ def _by_taps(
     for _ in kernel:  # one dimension at a time: short sums are unrolled
         windows = windows.sum(-1)
     return windows.unsqueeze(1)
-
-
-def _contiguous_strides(shape: Sequence[int]) -> list[int]:
-    return [math.prod(shape[i + 1 :]) for i in range(len(shape))]
 
 
 def _each(values: Sequence[int], count: int) -> list[int]:

@@ -10,7 +10,7 @@ from torch._ops import OpOverload
 
 from . import rule
 from .outer import Outer, rewrites
-from .trace import Recorder, bind_call, fake_mode, label, substitute, unflatten_call
+from .trace import Recorder, bind_call, caller, fake_mode, label, substitute
 
 
 def reassociate(graph: fx.Graph) -> None:
@@ -45,12 +45,7 @@ def _rewrite(node: fx.Node, recorder: Recorder, outers: dict[fx.Node, Any]) -> N
     if function is None or len(factored) > 1:
         return
     operands = fx.map_arg(bound, lambda n: outers[n] if n in outers else recorder.fake(n))
-
-    def call(**changed: Any) -> Any:
-        args, kwargs = unflatten_call(op, operands | changed)
-        return op(*args, **kwargs)
-
-    named = operands | {"call": call}
+    named = operands | {"call": caller(op, operands)}
     before, graph = node.prev, node.graph
     with graph.inserting_before(node), recorder.active():
         result = function(**{name: named[name] for name in rule.parameters(function)})

@@ -45,6 +45,13 @@ class Plan:
                 found.append(inputs[self.leaves[slot.name]])
         return found
 
+    def trained(self) -> list[Tensor]:
+        """The parameters that have tangents, in the order of their keys."""
+        slots = self.lowered.program.inputs
+        names = dict.fromkeys(slot.name for slot in slots if slot.kind == "tangent")
+        homes = (self.state[name] for name in names)
+        return [home[key] for home, key in homes]
+
 
 class Stepper:
     """What FGD and ForwardGradient share: capture, sampling, and the checks around a step."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
 from operator import getitem
 from typing import Any
@@ -153,6 +153,16 @@ def bind_call(op: OpOverload, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
     bound = {a.name: a.default_value for a in schema}
     bound.update(zip((a.name for a in schema), args, strict=False))
     return bound | dict(kwargs)
+
+
+def caller(op: OpOverload, arguments: Mapping[str, Any]) -> Callable[..., Any]:
+    """The `call` of rules and rewrites: the op itself, with some of its arguments replaced."""
+
+    def call(**changed: Any) -> Any:
+        args, kwargs = unflatten_call(op, {**arguments, **changed})
+        return op(*args, **kwargs)
+
+    return call
 
 
 def _same(a: Any, b: Any) -> bool:

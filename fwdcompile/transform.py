@@ -33,7 +33,7 @@ from .program import (
     value,
 )
 from .rule import Rule
-from .trace import Recorder, bind_call, fake_mode, unflatten_call
+from .trace import Recorder, bind_call, caller, fake_mode
 
 aten = torch.ops.aten
 
@@ -303,11 +303,7 @@ class _Transform:
 def _apply(site: _Site, dots: dict[str, Any]) -> Any:
     """Runs a row on fakes; `dots` holds the present tangents by argument name."""
     row = site.row
-
-    def call(**changed: Any) -> Any:
-        args, kwargs = unflatten_call(row.op, site.arguments | changed)
-        return row.op(*args, **kwargs)
-
+    call = caller(row.op, site.arguments)
     named = site.arguments | {"out": site.out, "call": call}
 
     def pick(term: rule.Term, skip: int) -> dict[str, Any]:
