@@ -37,7 +37,8 @@ from .parts import (
     named_state,
     register_dataclasses,
 )
-from .program import OutSpec, Program, Slot, identifier, op_name, rename
+from .program import OutSpec, Program, Slot, identifier, op_name, rename, value
+from .sizes import Sym, open_first, thaw
 
 _ROOT = "_model_"
 
@@ -54,7 +55,9 @@ _OUTPUT_KINDS: Mapping[OutputKind, Any] = {
 }
 
 
-def capture(model: Model, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Program:
+def capture(
+    model: Model, args: Sequence[Any], kwargs: Mapping[str, Any], dynamic: bool = False
+) -> Program:
     """Captures `model(*args, **kwargs)` as a flat functional program.
 
     Ops that have a row in the rule table stay whole, all others are lowered until rows are met.
@@ -65,6 +68,7 @@ def capture(model: Model, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Pro
         model: a module or a function of tensors and pytrees of tensors.
         args: example positional arguments.
         kwargs: example keyword arguments.
+        dynamic: leaves the first dimension of the inputs open, where the model does not fix it.
 
     Raises:
         CaptureError: the model branches on data, uses a torch.autograd.Function, or fails; the
@@ -74,7 +78,7 @@ def capture(model: Model, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Pro
         >>> capture(torch.tanh, (torch.zeros(3),), {}).graph.print_tabular()
     """
     root = Root(model)
-    exported = _export(root, *_distinct(model, args, kwargs))
+    exported = _export(root, *_distinct(model, args, kwargs), dynamic)
     paths = [path for path, _ in input_leaves(model, args, kwargs)]
     return _program(exported, root, paths)
 
@@ -122,7 +126,9 @@ def _distinct(
     return distinct
 
 
-def _export(root: Root, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ExportedProgram:
+def _export(
+    root: Root, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: bool
+) -> ExportedProgram:
     try:
         with ExitStack() as stack:
             stack.enter_context(warnings.catch_warnings())
@@ -130,8 +136,12 @@ def _export(root: Root, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Export
             warnings.simplefilter("ignore", DeprecationWarning)
             stack.enter_context(user_source_lines())
             stack.enter_context(refuse_autograd_functions())
-            exported = torch.export.export(root, args, kwargs, strict=False)
+            shapes = open_first(args, kwargs) if dynamic else None
+            exported = torch.export.export(
+                root, args, kwargs, dynamic_shapes=shapes, strict=False
+            )
             refuse_hidden_writes(exported)
+            thaw(exported.graph)
             lowering = default_decompositions()
             for op in rule.table:
                 lowering.pop(op, None)  # type: ignore[no-untyped-call]
@@ -185,6 +195,8 @@ def _tidy(node: fx.Node) -> str:
 
 
 def _mark_source(node: fx.Node) -> None:
+    if isinstance(value(node), Sym):
+        return  # torch's own passes read sizes, not a line of the user's
     if source := source_of(node):
         node.meta["source"] = source
     modules = list((node.meta.get("nn_module_stack") or {}).values())

@@ -6,6 +6,8 @@ import base64
 import io
 import linecache
 import math
+import operator
+import re
 import sys
 import types
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,11 +16,13 @@ from operator import getitem
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import SymInt, Tensor, fx
+from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
 
 from .errors import FwdcompileError
 from .program import OutSpec, Program, Slot, is_random, location, output_nodes, value
+from .sizes import Sym
 from .trace import bind_call, unflatten_call
 
 aten = torch.ops.aten
@@ -47,6 +51,15 @@ _INFIX: dict[Any, tuple[str, int]] = {
     aten.eq.Tensor: ("==", 1),
     aten.ne.Scalar: ("!=", 1),
     aten.ne.Tensor: ("!=", 1),
+}
+_ARITHMETIC: dict[Any, tuple[str, int]] = {
+    operator.add: ("+", 4),
+    operator.sub: ("-", 4),
+    operator.mul: ("*", 5),
+    operator.floordiv: ("//", 5),
+    operator.truediv: ("/", 5),
+    operator.mod: ("%", 5),
+    operator.pow: ("**", 7),
 }
 _WHERE = {aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf}
 _DTYPES = {
@@ -136,7 +149,7 @@ def shape_text(x: Any) -> str:
         return f"{dtype}[{', '.join(map(str, x.shape))}]" if x.ndim else dtype
     if isinstance(x, list | tuple):
         return ", ".join(shape_text(item) for item in x)
-    return type(x).__name__
+    return "int" if isinstance(x, SymInt) else type(x).__name__
 
 
 def _plain(tree: Any) -> Any:
@@ -195,12 +208,12 @@ def _tensor_text(x: Tensor) -> str:
 
 
 def _function(program: Program) -> Iterator[str]:
+    writer = _Writer(program.graph)
     yield "def forward("
     for node, slot in program.placeholders():
         if slot.kind != "constant":
-            yield f"{_INDENT}{node.name}: {shape_text(value(node))},"
+            yield f"{_INDENT}{writer.declared(node)},"
     yield "):"
-    writer = _Writer(program.graph)
     where = ("", "")
     for statement in writer.statements():
         module = statement.node.meta.get("module", "")
@@ -258,12 +271,22 @@ class _Writer:
         self.graph = graph
         self.pending: dict[fx.Node, _Expression] = {}
         self.written: list[_Statement] = []
+        self.sizes = {
+            str(value(node)): node.name for node in graph.nodes if node.target is aten.sym_size.int
+        }
+
+    def declared(self, node: fx.Node) -> str:
+        """A name and its type, in which a size that is left open goes by its own name."""
+        text = shape_text(value(node))
+        if self.sizes:
+            text = re.sub(r"\b[su]\d+\b", lambda found: self.sizes.get(found[0], found[0]), text)
+        return f"{node.name}: {text}"
 
     def statements(self) -> list[_Statement]:
         for node in self.graph.nodes:
             if node.op != "call_function" or node.target is getitem:
                 continue
-            if not isinstance(value(node), Tensor):
+            if isinstance(value(node), list | tuple):
                 self._write_unpacking(node)
             elif self._is_inline(node):
                 self.pending[node] = self._expression(node, WIDTH // 3)
@@ -273,7 +296,7 @@ class _Writer:
         return self.written
 
     def _write(self, node: fx.Node) -> None:
-        start = f"{node.name}: {shape_text(value(node))} = "
+        start = f"{self.declared(node)} = "
         self._append(node, start, self._expression(node, len(start)), (node.name,))
 
     def _write_unpacking(self, node: fx.Node) -> None:
@@ -283,7 +306,7 @@ class _Writer:
         if len(items) == 1:
             (index, item), *_ = items.items()
             expression.text += f"[{index}]"
-            start = f"{item.name}: {shape_text(value(item))} = "
+            start = f"{self.declared(item)} = "
         else:
             start = ", ".join(names)
             start = f"({start}) = " if len(start) > WIDTH // 2 else f"{start} = "
@@ -295,6 +318,8 @@ class _Writer:
         self.written.append(_Statement(node, start + expression.text, defines, expression.names))
 
     def _is_inline(self, node: fx.Node) -> bool:
+        if isinstance(value(node), Sym):
+            return node.target is not aten.sym_size.int and len(node.users) == 1
         if node.meta.get("role") != "glue" or is_random(node) or len(node.users) != 1:
             return False
         (user,) = node.users
@@ -310,7 +335,7 @@ class _Writer:
                 break
             longest = max(inner, key=lambda arg: len(self.pending[arg].text))
             kept = self.pending.pop(longest)
-            start = f"{longest.name}: {shape_text(value(longest))} = "
+            start = f"{self.declared(longest)} = "
             self._append(longest, start, kept, (longest.name,))
             expression = self._render(node)
         return expression
@@ -334,7 +359,8 @@ class _Writer:
     def _bury(self) -> None:
         """Lists behind each statement the values that die there."""
         alive = {node.name for node in output_nodes(self.graph)}
-        alive |= {node.name for node in self.graph.nodes if node.op == "placeholder"}
+        kept = (n for n in self.graph.nodes if n.op == "placeholder" or isinstance(value(n), Sym))
+        alive |= {node.name for node in kept}
         for statement in reversed(self.written):
             last = [n for n in (*statement.defines, *sorted(statement.uses)) if n not in alive]
             statement.dead = list(dict.fromkeys(last))
@@ -343,8 +369,16 @@ class _Writer:
 
 def _call_text(node: fx.Node, operand: Any) -> tuple[str, int]:
     op = node.target
-    bound = bind_call(op, node.args, node.kwargs)  # type: ignore[arg-type]
-    args, kwargs = unflatten_call(op, bound)  # type: ignore[arg-type]
+    if op in _ARITHMETIC:
+        symbol, binding = _ARITHMETIC[op]
+        left, right = node.args
+        return f"{operand(left, binding)} {symbol} {operand(right, binding + 1)}", binding
+    if op is aten.sym_size.int:
+        return f"{operand(node.args[0], _ATOM)}.shape[{node.args[1]}]", _ATOM
+    if not isinstance(op, OpOverload):  # torch.sym_max and its like
+        return f"torch.{op.__name__}({', '.join(map(operand, node.args))})", _ATOM  # type: ignore
+    bound = bind_call(op, node.args, node.kwargs)
+    args, kwargs = unflatten_call(op, bound)
     if op in _INFIX and len(args) == 2 and not kwargs and isinstance(args[0], fx.Node):
         symbol, binding = _INFIX[op]
         left = operand(args[0], binding + (symbol in ("**", ">", "<", ">=", "<=", "==", "!=")))

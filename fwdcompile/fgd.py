@@ -34,6 +34,8 @@ class FGD(Stepper):
         mode: torch.compile's mode.
         nonfinite: "raise" stops at a loss or derivative that is not finite, "skip" leaves the step
             out; parameters and buffers are unchanged in either case.
+        dynamic: one compiled step serves every batch size from 2, such as the short last batch of
+            an epoch; see `transform`.
 
     Example:
         >>> fgd = fwdcompile.FGD(model, torch.nn.functional.cross_entropy, lr=2e-4, decay=1e-4)
@@ -54,11 +56,12 @@ class FGD(Stepper):
         compile: bool = True,
         mode: str = "default",
         nonfinite: NonFinite = "raise",
+        dynamic: bool = False,
     ) -> None:
         if not lr > 0 or decay < 0:
             raise ValueError(f"lr must be positive and decay not negative, not {lr} and {decay}")
         chosen = Normal() if directions is None else directions
-        super().__init__(model, loss_fn, chosen, samples, seed, compile, mode, nonfinite)
+        super().__init__(model, loss_fn, chosen, samples, seed, compile, mode, nonfinite, dynamic)
         self._store_directions = store_directions
         self._redraws: dict[Any, Callable[..., None]] = {}
         self._lr = torch.tensor(lr, dtype=torch.float64, device=self._seed.device)
@@ -143,7 +146,7 @@ class ForwardGradient(Stepper):
     et al. 2022). Gradients accumulate as autograd's do: call `optimizer.zero_grad()` before.
 
     Args:
-        model, loss_fn, directions, samples, seed, compile, mode, nonfinite: as for `FGD`; "skip"
+        model, loss_fn, directions, samples, seed, compile, mode, nonfinite, dynamic: as for `FGD`; "skip"
             leaves the gradients as they are.
 
     Example:
@@ -164,9 +167,10 @@ class ForwardGradient(Stepper):
         compile: bool = True,
         mode: str = "default",
         nonfinite: NonFinite = "raise",
+        dynamic: bool = False,
     ) -> None:
         chosen = Normal() if directions is None else directions
-        super().__init__(model, loss_fn, chosen, samples, seed, compile, mode, nonfinite)
+        super().__init__(model, loss_fn, chosen, samples, seed, compile, mode, nonfinite, dynamic)
 
     def __call__(self, *inputs: Any, **kwargs: Any) -> Tensor:
         """Adds the forward gradient at these inputs to `p.grad` and returns the loss.

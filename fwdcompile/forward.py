@@ -36,6 +36,7 @@ from .graph import program_graph
 from .parts import Model, input_leaves, modules_of
 from .program import OutSpec, Program, is_differentiable
 from .simplify import PASSES, detach_tangents, simplify
+from .sizes import mark_open, serves
 from .stack import forms, groups
 from .transform import as_primal, tie
 from .transform import transform as transform_program
@@ -75,7 +76,10 @@ class Forward:
         compile: bool = False,
         mode: str = "default",
         passes: Sequence[str] = tuple(PASSES),
+        dynamic: bool = False,
     ) -> None:
+        if dynamic and isinstance(model, Forward) and not model.dynamic:
+            raise ValueError("dynamic=True must be given to the innermost transform, which captures")
         self.model = model
         self.base: Model = model.base if isinstance(model, Forward) else model
         self.depth: int = model.depth + 1 if isinstance(model, Forward) else 1
@@ -83,6 +87,7 @@ class Forward:
         self.compile = compile
         self.mode = mode
         self.passes = tuple(passes)
+        self.dynamic: bool = model.dynamic if isinstance(model, Forward) else dynamic
         self._cache: dict[Any, Lowered] = {}
         self._last: Lowered | None = None
 
@@ -132,6 +137,8 @@ class Forward:
             values |= {f"{name}{_suffix(level)}": dot for name, dot in inner_dots.items()}
         if self.mode == "reduce-overhead":
             torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+        if self.compile and self.dynamic:
+            mark_open(lowered.program, values)
         outs = lowered.function(*arrange(lowered.program.inputs, values, dots))
         store(lowered.program.outputs, outs, values)
         return results(lowered.program, outs, len(dots) if several else None)
@@ -242,9 +249,21 @@ class Forward:
     ) -> Lowered:
         key = (self._state_key(), request, *_inputs_key(args, kwargs))
         if key not in self._cache:
-            self._cache[key] = self._lower(args, kwargs, request)
+            served = self._served(key, args, kwargs) if self.dynamic else None
+            self._cache[key] = served or self._lower(args, kwargs, request)
         self._last = self._cache[key]
         return self._last
+
+    def _served(
+        self, key: tuple[Any, ...], args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> Lowered | None:
+        """A program made for other sizes that is right for these as well."""
+        values, _ = call_values(self.base, args, kwargs)
+        for (state, request, leaves, spec), lowered in self._cache.items():
+            alike = (state, request, spec) == (key[0], key[1], key[3])
+            if alike and _fixed(leaves) == _fixed(key[2]) and serves(lowered.program, values):
+                return lowered
+        return None
 
     def _state_key(self) -> Any:
         modules = modules_of(self.base).values()
@@ -259,7 +278,7 @@ class Forward:
             source = self.model._lowered(args, kwargs, deeper).nestable
             captured = as_primal(source, _suffix(len(inner)))
         else:
-            captured = capture(self.model, args, kwargs)
+            captured = capture(self.model, args, kwargs, self.dynamic)
         transformed = transform_program(captured, active, request.directions, request.rank_one)
         if request.same:
             transformed = tie(transformed, _suffix(len(inner)))
@@ -280,7 +299,9 @@ class Forward:
         name = f"fwdcompile_generated_{next(_numbers)}"
         function = execute(code, name, live).forward
         if self.compile:
-            function = torch.compile(function, fullgraph=True, dynamic=False, mode=self.mode)
+            function = torch.compile(
+                function, fullgraph=True, dynamic=None if self.dynamic else False, mode=self.mode
+            )
         lowered = Lowered(program, nestable, stages, code, function)
         weakref.finalize(lowered, sys.modules.pop, name, None)
         return lowered
@@ -321,6 +342,11 @@ def _inputs_key(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, ..
     return tuple(map(signature_of, leaves)), spec
 
 
+def _fixed(leaves: tuple[Any, ...]) -> tuple[Any, ...]:
+    """What of the inputs is no tensor."""
+    return tuple(leaf if isinstance(leaf[0], type) else None for leaf in leaves)
+
+
 def results(program: Program, outs: Sequence[Any], directions: int | None) -> tuple[Any, Any]:
     """The primal and tangent outputs in the model's structure; None directions mean one, bare."""
     outputs: dict[str, Any] = {}
@@ -344,6 +370,7 @@ def transform(
     compile: bool = False,
     mode: str = "default",
     passes: Sequence[str] = tuple(PASSES),
+    dynamic: bool = False,
 ) -> Forward:
     """Makes the forward-mode version of a model; nothing is traced before the first call.
 
@@ -354,6 +381,9 @@ def transform(
         compile: runs the generated program through `torch.compile(fullgraph=True)`.
         mode: torch.compile's mode: "default", "reduce-overhead" or "max-autotune".
         passes: simplifying passes to take, in order.
+        dynamic: one program, captured once, serves every size from 2 that the first dimension of
+            the inputs may take. Where the model fixes or asks for a size, a call of another size
+            is captured anew.
 
     Returns:
         A callable `fwd(*inputs, tangents={name: tangent})` that gives `(y, y_dot)`.
@@ -366,7 +396,14 @@ def transform(
     The mathematics is forward-mode AD as in section 2.1 of Baydin et al. (2022): y and J v
     together, in one evaluation.
     """
-    return Forward(model, tracks_grad=tracks_grad, compile=compile, mode=mode, passes=passes)
+    return Forward(
+        model,
+        tracks_grad=tracks_grad,
+        compile=compile,
+        mode=mode,
+        passes=passes,
+        dynamic=dynamic,
+    )
 
 
 @functools.lru_cache(maxsize=256)

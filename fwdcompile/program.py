@@ -110,6 +110,8 @@ def identifier(name: str) -> str:
 
 def op_name(node: fx.Node) -> str:
     """The bare name of the op a node calls: `linear` for `aten.linear.default`."""
+    if node.target is torch.ops.aten.sym_size.int:
+        return "n"
     schema = getattr(node.target, "_schema", None)
     return schema.name.split("::")[1].strip("_") if schema else node.target.__name__  # type: ignore[union-attr]
 

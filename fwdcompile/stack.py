@@ -43,7 +43,7 @@ def stack(graph: fx.Graph) -> None:
     `both = linear(cat([x, x_dot]), w); y, y_dot = both.split(...)`.
 
     Which form is the fastest has to be measured (`FGD.calibrate`, `fwdcompile calibrate`); a
-    product of which nothing is known stays as it is. Requires a functional graph with values and
+    product of which nothing is known, or whose size is open, stays as it is. Requires a functional graph with values and
     roles on each node. Ensures that results are equal but for rounding, primal ones included.
     """
     recorder = Recorder(graph, fake_mode(graph), keep=rule.table)
@@ -75,7 +75,7 @@ def _mates(graph: fx.Graph) -> list[list[fx.Node]]:
     order = {node: i for i, node in enumerate(graph.nodes)}
     mates: dict[Any, list[fx.Node]] = {}
     for node in graph.nodes:
-        if node.target in _OPS.values():
+        if node.target in _OPS.values() and not value(node)._has_symbolic_sizes_strides:
             primal = node.name if node.meta.get("role") == "primal" else node.meta.get("of")
             bound = bind_call(node.target, node.args, node.kwargs)
             shape = value(bound["input"]).shape

@@ -19,6 +19,7 @@ from .forward import Forward, Lowered
 from .objective import Objective
 from .parts import Model, input_leaves, modules_of
 from .program import output_nodes, value
+from .sizes import mark_open
 
 NonFinite = Literal["raise", "skip"]
 _ON_TENSORS = functools.partial(torch.compiler.keep_tensor_guards_unsafe, keep_parameters=True)
@@ -66,6 +67,7 @@ class Stepper:
         compile: bool,
         mode: str,
         nonfinite: NonFinite,
+        dynamic: bool,
     ) -> None:
         if samples < 1:
             raise ValueError(f"samples must be at least 1, not {samples}")
@@ -78,7 +80,7 @@ class Stepper:
         self.nonfinite = nonfinite
         self.iteration = 0
         self._compile, self._mode = compile, mode
-        self._forward = Forward(self.objective)
+        self._forward = Forward(self.objective, dynamic=dynamic)
         self._modules = [m for root in modules_of(self.objective).values() for m in root.modules()]
         self._plans: dict[Any, Plan] = {}
         trained = self._parameters()
@@ -128,12 +130,17 @@ class Stepper:
         key = (tuple(map(signature_of, leaves)), spec, tuple(m.training for m in self._modules))
         if key not in self._plans:
             lowered = self._forward.lower(*inputs, **self._asked(), **kwargs)
-            _check_loss(lowered)
-            run = self._compiled(self._body(lowered))
-            names = [name for name, _ in input_leaves(self.objective, inputs, kwargs)]
-            places = {name: i for i, name in enumerate(names)}
-            self._plans[key] = Plan(run, lowered, state_homes(self.objective), places)
+            known = (plan for plan in self._plans.values() if plan.lowered is lowered)
+            self._plans[key] = next(known, None) or self._planned(lowered, inputs, kwargs)
         return self._plans[key], leaves
+
+    def _planned(self, lowered: Lowered, inputs: Sequence[Any], kwargs: dict[str, Any]) -> Plan:
+        _check_loss(lowered)
+        run = self._compiled(self._body(lowered))
+        named = dict(input_leaves(self.objective, inputs, kwargs))
+        mark_open(lowered.program, named)
+        places = {name: i for i, name in enumerate(named)}
+        return Plan(run, lowered, state_homes(self.objective), places)
 
     def _compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """The function compiled, with a code object of its own: dynamo counts recompilations by it.
@@ -148,7 +155,8 @@ class Stepper:
             code, function.__globals__, function.__name__, closure=function.__closure__
         )
         options = torch._inductor.list_mode_options(self._mode) | {"guard_filter_fn": _ON_TENSORS}
-        return torch.compile(fresh, fullgraph=True, dynamic=False, options=options)
+        dynamic = None if self._forward.dynamic else False
+        return torch.compile(fresh, fullgraph=True, dynamic=dynamic, options=options)
 
     def _body(self, lowered: Lowered) -> Callable[..., Any]:
         raise NotImplementedError

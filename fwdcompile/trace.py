@@ -8,7 +8,7 @@ from operator import getitem
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import SymFloat, SymInt, Tensor, fx
 from torch._ops import OpOverload
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_map_only
 
 from .errors import RuleError
 from .program import is_differentiable, op_name, value
+from .sizes import SizeNodes, same_shape
 
 
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -29,6 +30,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.graph = graph
         self.fakes = fakes
         self.keep = keep
+        self.sizes = SizeNodes(graph)
         self._nodes: dict[int, fx.Node] = {}
         self._items: dict[tuple[fx.Node, int], fx.Node] = {}
 
@@ -60,7 +62,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if op._schema.is_mutable:
             raise RuleError(f"a rule may not change tensors in place, but it calls {op}")
         out = op(*args, **kwargs)
-        node_args, node_kwargs = tree_map_only(Tensor, self.node, (args, dict(kwargs)))
+        given = tree_map_only((SymInt, SymFloat), self.sizes.node, (args, dict(kwargs)))
+        node_args, node_kwargs = tree_map_only(Tensor, self.node, given)
         node = self.graph.call_function(op, node_args, node_kwargs)
         node.meta["val"] = out
         return self.fake(node)
@@ -110,7 +113,7 @@ def label(node: fx.Node, before: fx.Node) -> None:
 def substitute(node: fx.Node, new: fx.Node) -> None:
     """Lets `new` take the place, the name and the role of `node`."""
     old, fresh = value(node), value(new)
-    if (old.shape, old.dtype) != (fresh.shape, fresh.dtype):
+    if old.dtype != fresh.dtype or not same_shape(old, fresh):
         raise AssertionError(f"{node.target}: {fresh.shape} {fresh.dtype}, not {old.shape}")
     name, role = node.name, node.meta.get("role")
     node.replace_all_uses_with(new)

@@ -33,6 +33,7 @@ from .program import (
     value,
 )
 from .rule import Rule
+from .sizes import same_shape, unify
 from .trace import Recorder, bind_call, caller, fake_mode
 
 aten = torch.ops.aten
@@ -151,6 +152,7 @@ class _Transform:
         else:
             copy = self.graph.node_copy(node, lambda n: self.primals[n])
         copy.meta = dict(node.meta) | {"role": "primal"}
+        self.recorder.sizes.learn(copy)
         self.primals[node] = copy
         return copy
 
@@ -260,7 +262,8 @@ class _Transform:
             raise RuleError("returned a complex tangent for a real output")
         if d.dtype != primal.dtype or d.device != primal.device:
             d = d.to(device=primal.device, dtype=primal.dtype)
-        if d.shape != primal.shape:
+        unify(d, primal)
+        if not same_shape(d, primal):
             d = d.expand(primal.shape)
         return self.recorder.node(d)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import RuleError
-from ..rule import joint, jvp, linear, not_implemented
+from ..rule import joint, jvp, linear
 
 aten = torch.ops.aten
 
@@ -21,22 +21,11 @@ for _op in (
     aten.gather.default,
     aten.take.default,
     aten.take_along_dim.default,
+    aten.masked_select.default,
+    aten.repeat_interleave.self_Tensor,
 ):
     linear(_op, wrt="self")
 
-not_implemented(
-    aten.masked_select.default,
-    "the shape of its output depends on values; keep the shape with torch.where(mask, x, 0)",
-)
-
-
-def _repeat_each(d: Tensor, output_size: int | None, call: Callable[..., Any]) -> Any:
-    if output_size is None:
-        raise RuleError("repeat_interleave by a tensor needs output_size, or its shape is unknown")
-    return call(self=d)
-
-
-jvp(aten.repeat_interleave.self_Tensor, self=_repeat_each)
 
 # Where one place is written twice, torch leaves open which write wins.
 for _op in (aten.scatter.src, aten.scatter_add.default):

@@ -198,8 +198,8 @@ jvp(aten.logsumexp.default, self=_logsumexp)
 # Scans and products, right where factors are zero, to every order.
 def _shift(x: Tensor, dim: int, by: int, fill: float) -> Tensor:
     """Moves elements `by` places up along `dim`, which is not negative; `fill` comes in below."""
-    shifted: Tensor = aten.constant_pad_nd(x, [0, 0] * (x.ndim - 1 - dim) + [by, -by], fill)
-    return shifted
+    rest = x.narrow(dim, 0, x.shape[dim] - by)
+    return torch.cat([torch.full_like(x.narrow(dim, 0, by), fill), rest], dim)
 
 
 def _recurrence(a: Tensor, b: Tensor, dim: int) -> Tensor:

@@ -1,0 +1,215 @@
+"""Torch's own operator database as test cases: every sample a function of tensors, checked.
+
+The oracle is torch.func.jvp where torch has a forward derivative, and else reverse mode, by
+u'(Jv) = (J'u)'v for random u, together with central differences.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.testing._internal.common_methods_invocations import op_db
+from torch.utils import _pytree as pytree
+
+import fwdcompile
+from fwdcompile.program import is_differentiable
+
+Outputs = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One sample of an entry: `function(*tensors)` returns a tuple of tensors.
+
+    `reference` computes the same and is what torch differentiates: it differs from `function` for
+    out= variants, which torch does not differentiate.
+    """
+
+    function: Callable[..., Outputs]
+    reference: Callable[..., Outputs]
+    tensors: tuple[Tensor, ...]
+
+    @property
+    def active(self) -> list[int]:
+        """Numbers of the tensors that get a tangent: all that can have one."""
+        return [i for i, t in enumerate(self.tensors) if is_differentiable(t)]
+
+
+def entries() -> dict[str, Any]:
+    """The entries of the database that torch differentiates in float64 on the CPU, by name."""
+    found = (e for e in op_db if e.supports_autograd and torch.float64 in e.supported_dtypes("cpu"))
+    return {entry.formatted_name: entry for entry in found}
+
+
+def cases(
+    entry: Any, dtype: torch.dtype = torch.float64, variant: str = "", limit: int | None = None
+) -> list[Case]:
+    """Samples of an entry, `limit` of them chosen by a fixed seed, or all.
+
+    Args:
+        entry: of `entries()`.
+        dtype: of the samples' differentiable tensors.
+        variant: "" for the op itself, "inplace" or "out" for these variants of it.
+        limit: how many at most.
+    """
+    torch.manual_seed(0)
+    samples = [s for s in entry.sample_inputs("cpu", dtype, requires_grad=True) if _has(s, variant)]
+    if limit is not None and len(samples) > limit:
+        chosen = random.Random(entry.formatted_name).sample(range(len(samples)), limit)
+        samples = [samples[i] for i in sorted(chosen)]
+    return [case for sample in samples for case in _case(entry, sample, variant)]
+
+
+def _has(sample: Any, variant: str) -> bool:
+    strided = all(x.layout == torch.strided for x in _tensors(sample))
+    return strided and not (variant == "inplace" and sample.broadcasts_input)
+
+
+def _tensors(sample: Any) -> list[Tensor]:
+    leaves = pytree.tree_leaves((sample.input, sample.args, sample.kwargs))
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+
+def _case(entry: Any, sample: Any, variant: str) -> Iterator[Case]:
+    leaves, spec = pytree.tree_flatten((sample.input, sample.args, sample.kwargs))
+    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+    tensors = tuple(leaves[i].detach().clone() for i in places)
+
+    def arguments(xs: Outputs) -> Any:
+        filled = list(leaves)
+        for i, x in zip(places, xs, strict=True):
+            filled[i] = x
+        return pytree.tree_unflatten(filled, spec)
+
+    def plain(*xs: Tensor) -> Outputs:
+        x, args, kwargs = arguments(xs)
+        out = entry.gradcheck_wrapper(entry.op, x, *args, **kwargs)
+        return _flat(sample.output_process_fn_grad(out))
+
+    def in_place(*xs: Tensor) -> Outputs:
+        x, args, kwargs = arguments(xs)
+        x = pytree.tree_map_only(Tensor, torch.clone, x)
+        return _flat(entry.inplace_variant(x, *args, **kwargs))
+
+    def out_given(*xs: Tensor) -> Outputs:
+        x, args, kwargs = arguments(xs)
+        places = pytree.tree_map_only(Tensor, torch.empty_like, likes)
+        return _flat(entry.op(x, *args, **kwargs, out=places))
+
+    if variant == "":
+        yield Case(plain, plain, tensors)
+    elif variant == "inplace":
+        before = sample.input[0] if isinstance(sample.input, list | tuple) else sample.input
+        after = plain(*tensors)[0]
+        if (after.dtype, after.shape) == (before.dtype, before.shape):
+            yield Case(in_place, in_place, tensors)
+    else:
+        likes = entry.op(sample.input, *sample.args, **sample.kwargs)
+        yield Case(out_given, plain, tensors)
+
+
+def _flat(out: Any) -> Outputs:
+    return tuple(leaf for leaf in pytree.tree_leaves(out) if isinstance(leaf, Tensor))
+
+
+def check(case: Case, rtol: float, atol: float, oracle: str = "jvp") -> None:
+    """Compares the generated program of a case with torch, primal outputs and tangents.
+
+    Args:
+        case: a sample with at least one floating-point tensor.
+        rtol: relative tolerance of the tangents.
+        atol: absolute tolerance of the tangents.
+        oracle: "jvp" for torch.func.jvp, or for reverse mode where torch has none; "difference"
+            where torch's own derivative is wrong.
+    """
+    generator = torch.Generator().manual_seed(1)
+    dots = {i: _random_like(case.tensors[i], generator) for i in case.active}
+    tangents = {f"xs.{i}": dot for i, dot in dots.items()}
+    outs, out_dots = _seeded(
+        lambda: fwdcompile.transform(case.function)(*case.tensors, tangents=tangents)
+    )
+    expected = _seeded(lambda: case.reference(*case.tensors))
+    torch.testing.assert_close(outs, expected, rtol=1e-9 if rtol < 1e-6 else rtol, atol=atol, equal_nan=True)
+    pairs = [(x, d) for x, d in zip(outs, out_dots, strict=True) if is_differentiable(x)]
+    theirs = _torch_jvp(case, dots) if oracle == "jvp" else None
+    if theirs is not None:
+        _assert_close([d for _, d in pairs], theirs, rtol, atol)
+        return
+    if oracle == "jvp":
+        _check_reverse(case, dots, [d for _, d in pairs], rtol, atol)
+    if rtol < 1e-6:
+        _assert_close([d for _, d in pairs], _differences(case, dots), 1e-5, 1e-5)
+
+
+def _assert_close(mine: list[Tensor], theirs: list[Tensor], rtol: float, atol: float) -> None:
+    for a, b in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=rtol, atol=atol, equal_nan=True)
+
+
+def _seeded(function: Callable[[], Any]) -> Any:
+    torch.manual_seed(2)
+    return function()
+
+
+def _random_like(x: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.randn(x.shape, dtype=x.dtype, generator=generator)
+
+
+def _along(case: Case, dots: dict[int, Tensor]) -> Callable[..., Outputs]:
+    """The reference as a function of its active tensors, restricted to differentiable outputs."""
+
+    def function(*xs: Tensor) -> Outputs:
+        full = list(case.tensors)
+        for i, x in zip(dots, xs, strict=True):
+            full[i] = x
+        return tuple(x for x in case.reference(*full) if is_differentiable(x))
+
+    return function
+
+
+def _torch_jvp(case: Case, dots: dict[int, Tensor]) -> list[Tensor] | None:
+    primals = tuple(case.tensors[i] for i in dots)
+    try:
+        return _seeded(
+            lambda: list(torch.func.jvp(_along(case, dots), primals, tuple(dots.values()))[1])
+        )
+    except (NotImplementedError, RuntimeError):
+        return None
+
+
+def _check_reverse(
+    case: Case, dots: dict[int, Tensor], mine: list[Tensor], rtol: float, atol: float
+) -> None:
+    """u'(Jv) against (J'u)'v, for one random u."""
+    primals = [case.tensors[i].detach().requires_grad_() for i in dots]
+    outs = _seeded(lambda: _along(case, dots)(*primals))
+    generator = torch.Generator().manual_seed(3)
+    u = [_random_like(x, generator) for x in outs]
+    pairs = [(x, w) for x, w in zip(outs, u, strict=True) if x.requires_grad]
+    if not pairs:
+        assert all(not d.any() for d in mine)
+        return
+    grads = torch.autograd.grad(*zip(*pairs, strict=True), primals, None, allow_unused=True)
+    theirs = [_inner(g, d) for g, d in zip(grads, dots.values(), strict=True) if g is not None]
+    ours = sum(_inner(w, d) for w, d in zip(u, mine, strict=True))
+    torch.testing.assert_close(ours, sum(theirs), rtol=rtol, atol=atol, equal_nan=True)
+
+
+def _inner(a: Tensor, b: Tensor) -> Tensor:
+    """The real inner product, which torch's convention for complex gradients goes with."""
+    return (a.conj() * b).sum().real
+
+
+def _differences(case: Case, dots: dict[int, Tensor]) -> list[Tensor]:
+    step = 1e-6
+
+    def at(sign: int) -> Outputs:
+        moved = [case.tensors[i] + sign * step * d for i, d in dots.items()]
+        return _seeded(lambda: _along(case, dots)(*moved))
+
+    return [(a - b) / (2 * step) for a, b in zip(at(1), at(-1), strict=True)]
