@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import sympy
 import torch
 from torch import SymFloat, SymInt, Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch.export import Dim, ShapesCollection
 from torch.fx.experimental.symbolic_shapes import (
     ShapeEnv,
@@ -100,6 +102,14 @@ def mark_open(program: Program, values: Mapping[str, Any]) -> None:
             for dim, size in enumerate(value(node).shape):
                 if isinstance(size, SymInt):
                     torch._dynamo.mark_dynamic(values[slot.name], dim)
+
+
+def symbolic_kernels(arguments: Any) -> AbstractContextManager[None]:
+    """Lets ops find their kernels written in Python where a size is open; C++ ones would fix it."""
+    tensors = (x for x in pytree.tree_leaves(arguments) if isinstance(x, Tensor))
+    if any(x._has_symbolic_sizes_strides for x in tensors):
+        return enable_python_dispatcher()
+    return nullcontext()
 
 
 def same_shape(a: Tensor, b: Tensor) -> bool:

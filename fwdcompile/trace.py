@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map_only
 
 from .errors import RuleError
 from .program import is_differentiable, op_name, value
-from .sizes import SizeNodes, same_shape
+from .sizes import SizeNodes, same_shape, symbolic_kernels
 
 
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -61,7 +61,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Runs one op on fakes and appends its node; several outputs get `getitem` nodes."""
         if op._schema.is_mutable:
             raise RuleError(f"a rule may not change tensors in place, but it calls {op}")
-        out = op(*args, **kwargs)
+        with symbolic_kernels((args, kwargs)):
+            out = op(*args, **kwargs)
         given = tree_map_only((SymInt, SymFloat), self.sizes.node, (args, dict(kwargs)))
         node_args, node_kwargs = tree_map_only(Tensor, self.node, given)
         node = self.graph.call_function(op, node_args, node_kwargs)

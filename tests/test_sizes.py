@@ -71,7 +71,7 @@ def test_one_program_serves_every_batch() -> None:
         lambda x: (x[: x.shape[0] // 2] * x.shape[0]).sum(1),
         lambda x: x.sum(0).expand(x.shape[0] + 1, 3) * x.numel() ** 0.5,
         lambda x: torch.cat([x, x]).reshape(-1, 6).softmax(0),
-        lambda x: F.pad(x, (1, 2)).cumsum(0).unfold(0, 3, 1).std(0),
+        lambda x: F.pad(x, (1, 2)).cumsum(0).unfold(1, 3, 1).std(0),
         lambda x: (x @ x.mT).tril().logsumexp(1),
         lambda x: x.var(0) + x.prod(0) + x.amax(0) + x.flatten().sort().values[0],
         lambda x: torch.stack(x.chunk(2)[0].unbind(1)).norm(dim=0),
