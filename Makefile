@@ -11,7 +11,7 @@ WORKERS ?= 2
 BENCH_ARGS ?=
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-all lint golden bench bench-memory clean
+.PHONY: demo test test-all lint golden bench bench-memory bench-attention clean
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -52,6 +52,10 @@ bench-memory: export OMP_NUM_THREADS = 2
 bench-memory: .venv/installed
 	$(BIN)/python benchmarks/memory.py $(BENCH_ARGS)
 	$(BIN)/python benchmarks/plots.py
+
+bench-attention: export OMP_NUM_THREADS = 2
+bench-attention: .venv/installed
+	$(BIN)/python benchmarks/attention.py
 
 clean:
 	rm -rf .venv build dist *.egg-info runs

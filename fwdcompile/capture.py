@@ -137,9 +137,7 @@ def _export(
             stack.enter_context(user_source_lines())
             stack.enter_context(refuse_autograd_functions())
             shapes = open_first(args, kwargs) if dynamic else None
-            exported = torch.export.export(
-                root, args, kwargs, dynamic_shapes=shapes, strict=False
-            )
+            exported = torch.export.export(root, args, kwargs, dynamic_shapes=shapes, strict=False)
             refuse_hidden_writes(exported)
             thaw(exported.graph)
             lowering = default_decompositions()

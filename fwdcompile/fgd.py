@@ -146,8 +146,8 @@ class ForwardGradient(Stepper):
     et al. 2022). Gradients accumulate as autograd's do: call `optimizer.zero_grad()` before.
 
     Args:
-        model, loss_fn, directions, samples, seed, compile, mode, nonfinite, dynamic: as for `FGD`; "skip"
-            leaves the gradients as they are.
+        model, loss_fn, directions, samples, seed, compile, mode, nonfinite, dynamic: as for `FGD`;
+            "skip" leaves the gradients as they are.
 
     Example:
         >>> grad = fwdcompile.ForwardGradient(model, loss_fn, directions=fwdcompile.Rademacher())

@@ -79,7 +79,7 @@ class Forward:
         dynamic: bool = False,
     ) -> None:
         if dynamic and isinstance(model, Forward) and not model.dynamic:
-            raise ValueError("dynamic=True must be given to the innermost transform, which captures")
+            raise ValueError("give dynamic=True to the innermost transform, which captures")
         self.model = model
         self.base: Model = model.base if isinstance(model, Forward) else model
         self.depth: int = model.depth + 1 if isinstance(model, Forward) else 1

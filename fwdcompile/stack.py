@@ -43,8 +43,9 @@ def stack(graph: fx.Graph) -> None:
     `both = linear(cat([x, x_dot]), w); y, y_dot = both.split(...)`.
 
     Which form is the fastest has to be measured (`FGD.calibrate`, `fwdcompile calibrate`); a
-    product of which nothing is known, or whose size is open, stays as it is. Requires a functional graph with values and
-    roles on each node. Ensures that results are equal but for rounding, primal ones included.
+    product of which nothing is known, or whose size is open, stays as it is. Requires a functional
+    graph with values and roles on each node. Ensures that results are equal but for rounding,
+    primal ones included.
     """
     recorder = Recorder(graph, fake_mode(graph), keep=rule.table)
     for nodes in _mates(graph):

@@ -1,4 +1,4 @@
-"""Scaled dot-product attention: the primal runs torch's own kernel, the tangent one softmax."""
+"""Scaled dot-product attention: torch's own kernel for the primal, blocks for the tangent."""
 
 from __future__ import annotations
 
@@ -15,11 +15,18 @@ from .linalg import Call
 aten = torch.ops.aten
 
 
-def _scores(query: Tensor, key: Tensor, mask: Any, is_causal: bool, scale: float) -> Tensor:
+# Queries a block: the scores of one block are kept, and so memory grows with the keys alone.
+BLOCK = 256
+
+
+def _scores(
+    query: Tensor, key: Tensor, mask: Any, is_causal: bool, scale: float, first: int
+) -> Tensor:
+    """Scores of a block of queries, of which `first` is the number of the first."""
     scores = (query * scale) @ key.mT
     if is_causal:
-        keep = torch.ones_like(scores, dtype=torch.bool).tril()
-        return torch.where(keep, scores, -math.inf)
+        seen = scores.new_ones(scores.shape[-2:], dtype=torch.bool).tril(first)
+        return torch.where(seen, scores, -math.inf)
     if mask is None:
         return scores
     return torch.where(mask, scores, -math.inf) if mask.dtype == torch.bool else scores + mask
@@ -30,13 +37,19 @@ def _heads(x: Tensor, like: Tensor) -> Tensor:
     return x.repeat_interleave(like.shape[-3] // x.shape[-3], -3)
 
 
+def _rows(x: Any, first: int, last: int) -> Any:
+    """The queries of a block, or its rows of a mask, which may be one row for all."""
+    whole = not isinstance(x, Tensor) or x.shape[-2] == 1 or (first, last) == (0, x.shape[-2])
+    return x if whole else x[..., first:last, :]
+
+
 @joint(aten.scaled_dot_product_attention.default, wrt=("query", "key", "value", "attn_mask"))
 def attention(
     d: dict[str, Tensor], query: Tensor, key: Tensor, value: Tensor, attn_mask: Any,
     dropout_p: float, is_causal: bool, scale: float | None, enable_gqa: bool, out: Tensor,
     call: Call,
 ) -> Any:  # fmt: skip
-    """With P = softmax(S) and out = P v: out_dot = (P S_dot) v - sum(P S_dot) out + P v_dot."""
+    """The tangent by blocks of queries, so that no product of queries and keys is whole."""
     if dropout_p:
         raise RuleError("dropout_p > 0 hides a mask; capture the model, which takes this op apart")
     if d.keys() == {"value"}:
@@ -45,7 +58,29 @@ def attention(
         key, value = _heads(key, query), _heads(value, query)
         d = {name: _heads(x, query) if name in ("key", "value") else x for name, x in d.items()}
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-    weights = aten._safe_softmax(_scores(query, key, attn_mask, is_causal, scale), -1)
+    length, many = query.shape[-2], query.shape[-2] > 2 * BLOCK
+    blocks = []
+    for first in range(0, length, BLOCK) if many else (0,):
+        last = min(first + BLOCK, length) if many else length
+        q, mask, done = (_rows(x, first, last) for x in (query, attn_mask, out))
+        dots = {
+            n: _rows(x, first, last) if n in ("query", "attn_mask") else x for n, x in d.items()
+        }
+        k, v = key, value
+        if is_causal and last < key.shape[-2]:  # no query of the block sees a later key
+            k, v = key[..., :last, :], value[..., :last, :]
+            dots |= {n: dots[n][..., :last, :] for n in ("key", "value") if n in dots}
+        scores = _scores(q, k, mask, is_causal, scale, first)
+        blocks.append(_block(dots, q, k, v, scores, scale, done))
+    return torch.cat(blocks, -2) if many else blocks[0]
+
+
+def _block(
+    d: dict[str, Tensor], query: Tensor, key: Tensor, value: Tensor, scores: Tensor, scale: float,
+    out: Tensor,
+) -> Tensor:  # fmt: skip
+    """With P = softmax(S) and out = P v: out_dot = (P S_dot) v - sum(P S_dot) out + P v_dot."""
+    weights = aten._safe_softmax(scores, -1)
     slopes = []
     if "query" in d:
         slopes.append((d["query"] * scale) @ key.mT)
@@ -54,7 +89,7 @@ def attention(
     if "attn_mask" in d:
         slopes.append(d["attn_mask"])
     weighted = weights * sum(slopes[1:], slopes[0])
-    by_scores = weighted @ value - weighted.sum(-1, keepdim=True) * out
+    by_scores: Tensor = weighted @ value - weighted.sum(-1, keepdim=True) * out
     return by_scores + weights @ d["value"] if "value" in d else by_scores
 
 

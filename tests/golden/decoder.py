@@ -128,7 +128,7 @@ def forward(
     transpose_2: f32[2, 2, 8, 6] = aten.transpose.int(unbind_out1, -2, -1)
     del unbind_out1
     matmul: f32[2, 2, 6, 6] = mul_8 @ transpose_2
-    tril: b8[2, 2, 6, 6] = aten.tril(aten.ones_like(matmul, dtype=torch.bool))
+    tril: b8[6, 6] = aten.tril(aten.new_ones(matmul, [6, 6], dtype=torch.bool))
     safe_softmax: f32[2, 2, 6, 6] = aten._safe_softmax(torch.where(tril, matmul, float("-inf")), -1)
     del matmul, tril
     matmul_1: f32[2, 2, 6, 6] = unbind_out0_dot * 0.35355339059327373 @ transpose_2
@@ -245,7 +245,7 @@ def forward(
     transpose_5: f32[2, 2, 8, 6] = aten.transpose.int(unbind_1_out1, -2, -1)
     del unbind_1_out1
     matmul_5: f32[2, 2, 6, 6] = mul_29 @ transpose_5
-    tril_1: b8[2, 2, 6, 6] = aten.tril(aten.ones_like(matmul_5, dtype=torch.bool))
+    tril_1: b8[6, 6] = aten.tril(aten.new_ones(matmul_5, [6, 6], dtype=torch.bool))
     where_1: f32[2, 2, 6, 6] = torch.where(tril_1, matmul_5, float("-inf"))
     del matmul_5, tril_1
     safe_softmax_1: f32[2, 2, 6, 6] = aten._safe_softmax(where_1, -1)

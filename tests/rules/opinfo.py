@@ -134,7 +134,9 @@ def check(case: Case, rtol: float, atol: float, oracle: str = "jvp") -> None:
         lambda: fwdcompile.transform(case.function)(*case.tensors, tangents=tangents)
     )
     expected = _seeded(lambda: case.reference(*case.tensors))
-    torch.testing.assert_close(outs, expected, rtol=1e-9 if rtol < 1e-6 else rtol, atol=atol, equal_nan=True)
+    torch.testing.assert_close(
+        outs, expected, rtol=1e-9 if rtol < 1e-6 else rtol, atol=atol, equal_nan=True
+    )
     pairs = [(x, d) for x, d in zip(outs, out_dots, strict=True) if is_differentiable(x)]
     theirs = _torch_jvp(case, dots) if oracle == "jvp" else None
     if theirs is not None:

@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 import torch
 from check import check, jvp_by_rule
+from fwdcompile.rules import attention
 from torch import Tensor
 
 import fwdcompile
+from fwdcompile.program import value
 
 aten = torch.ops.aten
 OP = aten.scaled_dot_product_attention.default
@@ -57,13 +59,40 @@ def test_row(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     check(OP, *args, oracle="difference", **kwargs)
 
 
+@pytest.mark.parametrize("block", [2, attention.BLOCK])
 @pytest.mark.parametrize(("args", "kwargs"), CASES)
-def test_against_the_unfused_path(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def test_against_the_unfused_path(
+    args: tuple[Any, ...], kwargs: dict[str, Any], block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "BLOCK", block)
     qkv = args[:3]
     dots = tuple(_t(*x.shape, seed=i + 7) for i, x in enumerate(qkv))
     expected = torch.func.jvp(lambda q, k, v: _math(q, k, v, *args[3:], **kwargs), qkv, dots)[1]
     (got,) = jvp_by_rule(OP, args, kwargs, dict(enumerate(dots)))[1]
     torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize(("args", "kwargs"), [CASES[i] for i in (0, 2, 3, 6, 9, 11)])
+def test_blocks_of_queries_to_second_order(
+    args: tuple[Any, ...], kwargs: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "BLOCK", 2)
+    check(OP, *args, oracle="difference", **kwargs)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_no_scores_are_kept_whole(causal: bool) -> None:
+    length, heads = 2048, 2
+
+    def model(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal)
+
+    inner = fwdcompile.transform(model)
+    for fwd in (inner, fwdcompile.transform(inner)):
+        x = torch.empty(1, heads, length, 4)
+        graph = fwd.lower(x, x.clone(), x.clone(), tangents="inputs").program.graph
+        sizes = [t.numel() for n in graph.nodes if isinstance(t := value(n), Tensor)]
+        assert max(sizes) == heads * attention.BLOCK * length
 
 
 @pytest.mark.parametrize("mask", [SEEN, ADDED])
