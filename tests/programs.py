@@ -17,6 +17,7 @@ from program_moves import FAMILIES
 from program_ops import SMOOTH, Op
 from torch import Tensor
 
+LEAST_STEPS, MOST_STEPS = 5, 30
 MOST_NUMBERS = 256  # in one tensor
 LARGEST = 8.0  # value that is passed on without being scaled down
 
@@ -205,6 +206,14 @@ def shapes(draw: Draw) -> list[tuple[int, ...]]:
 
 
 @st.composite
+def _further(draw: Draw, builder: _Builder, table: Sequence[Sequence[Op]]) -> bool:
+    """Adds a step; a strategy of its own, so that hypothesis can take the step out again."""
+    builder.draw = draw
+    builder.add(draw(st.sampled_from(table)))
+    return len(builder.steps) < LEAST_STEPS or draw(st.integers(0, 49)) > 0
+
+
+@st.composite
 def programs(draw: Draw, second_order: bool = False) -> Program:
     """Programs of 5 to 30 steps.
 
@@ -217,11 +226,11 @@ def programs(draw: Draw, second_order: bool = False) -> Program:
     active = tuple(i for i in numbers if draw(st.integers(0, 3)) > 0) or (0,)
     start = Program(sizes, active, draw(st.integers(0, 999)))
     builder = _Builder(draw, start.inputs, draw(st.integers(0, 7)) == 7)
-    for _ in range(draw(st.integers(5, 30))):
-        builder.add(draw(st.sampled_from(table)))
+    while len(builder.steps) < MOST_STEPS and draw(_further(builder, table)):
+        pass
     outputs = _outputs(draw, builder)
     # steps that nothing needs stay most of the time, but a failing program shrinks to the others
-    steps = builder.steps if draw(st.integers(0, 7)) > 0 else _needed(builder.steps, outputs)
+    steps = builder.steps if draw(st.integers(0, 15)) > 0 else _needed(builder.steps, outputs)
     return replace(start, steps=tuple(steps), outputs=outputs)
 
 
