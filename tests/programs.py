@@ -210,7 +210,7 @@ def _further(draw: Draw, builder: _Builder, table: Sequence[Sequence[Op]]) -> bo
     """Adds a step; a strategy of its own, so that hypothesis can take the step out again."""
     builder.draw = draw
     builder.add(draw(st.sampled_from(table)))
-    return len(builder.steps) < LEAST_STEPS or draw(st.integers(0, 49)) > 0
+    return len(builder.steps) < LEAST_STEPS or draw(st.integers(0, 29)) > 0
 
 
 @st.composite

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, seed, settings
+from hypothesis import HealthCheck, assume, given, seed, settings
 from program_code import Program
 from program_moves import FAMILIES
 from programs import LEAST_STEPS, programs
@@ -75,7 +75,13 @@ def second_like_torch(program: Program) -> None:
 
     assert_equal(y, program.f(*program.inputs))
     assert_tangents(program, y_dot, first(*program.inputs))
-    assert_tangents(program, y_ddot, torch_jvp(first, program.inputs, v))
+    try:
+        expected = torch_jvp(first, program.inputs, v)
+    except RuntimeError as error:
+        # torch refuses to write to some tangents that are zero: nothing to compare with
+        assume("ZeroTensors are immutable" not in str(error))
+        raise
+    assert_tangents(program, y_ddot, expected)
 
 
 def torch_jvp(
@@ -119,7 +125,7 @@ def check_programs(
 
     part = 10 * number
     while missing() > 0:  # some are drawn twice, and some are short: these do not count
-        drawn(once, missing() + missing() // 3, part, second_order)
+        drawn(once, max(10, missing() * 4 // 3), part, second_order)
         part += 1
 
 
