@@ -23,6 +23,7 @@ from . import rule
 from .errors import CaptureError
 from .hazards import (
     explain,
+    known_shapes,
     refuse_autograd_functions,
     refuse_hidden_writes,
     source_of,
@@ -130,6 +131,7 @@ def _export(root: Root, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Export
             warnings.simplefilter("ignore", DeprecationWarning)
             stack.enter_context(user_source_lines())
             stack.enter_context(refuse_autograd_functions())
+            stack.enter_context(known_shapes())
             exported = torch.export.export(root, args, kwargs, strict=False)
             refuse_hidden_writes(exported)
             lowering = default_decompositions()
