@@ -76,7 +76,8 @@ def known_shapes() -> Iterator[None]:
     """Tells torch the output shapes that only `rule.shapes` knows, as long as it captures."""
     with torch.library._scoped_library("aten", "IMPL") as library:
         for op, empty in rule.shapes.items():
-            library._register_fake(op.name().removeprefix("aten::"), empty)
+            name: str = op.name()  # type: ignore[no-untyped-call]
+            library._register_fake(name.removeprefix("aten::"), empty)
         yield
 
 

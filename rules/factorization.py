@@ -65,7 +65,7 @@ def lu_dot(rows: Tensor, L: Tensor, U: Tensor) -> tuple[Tensor, Tensor]:
 
 def packed(L: Tensor, U: Tensor) -> Tensor:
     """A strictly lower and an upper trapezoid in one matrix."""
-    wide = aten.constant_pad_nd(L, [0, U.shape[-1] - L.shape[-1]])
+    wide: Tensor = aten.constant_pad_nd(L, [0, U.shape[-1] - L.shape[-1]])
     tall: Tensor = aten.constant_pad_nd(U, [0, 0, 0, L.shape[-2] - U.shape[-2]])
     return wide + tall
 

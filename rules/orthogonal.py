@@ -59,9 +59,7 @@ def _columns(input: Tensor) -> Tensor:
 
 jvp(
     aten.linalg_householder_product.default,
-    input=lambda d, input, tau: _turn(
-        _columns(input), input, tau, False, V_dot=_strict(d, tau)
-    ),
+    input=lambda d, input, tau: _turn(_columns(input), input, tau, False, V_dot=_strict(d, tau)),
     tau=lambda d, input, tau: _turn(_columns(input), input, tau, False, tau_dot=d),
 )
 

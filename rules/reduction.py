@@ -196,18 +196,18 @@ jvp(aten.logsumexp.default, self=_logsumexp)
 
 
 # Scans and products, right where factors are zero, to every order.
-def _shift(x: Tensor, dim: int, by: int, fill: float) -> Tensor:
+def shift(x: Tensor, dim: int, by: int, fill: float) -> Tensor:
     """Moves elements `by` places up along `dim`, which is not negative; `fill` comes in below."""
     shifted: Tensor = aten.constant_pad_nd(x, [0, 0] * (x.ndim - 1 - dim) + [by, -by], fill)
     return shifted
 
 
-def _recurrence(a: Tensor, b: Tensor, dim: int) -> Tensor:
+def recurrence(a: Tensor, b: Tensor, dim: int) -> Tensor:
     """Solves y[i] = a[i] * y[i - 1] + b[i] along `dim` from y[-1] = 0, by log2(n) doublings."""
     step = 1
     while step < b.shape[dim]:
-        b = b + a * _shift(b, dim, step, 0)
-        a = a * _shift(a, dim, step, 0)
+        b = b + a * shift(b, dim, step, 0)
+        a = a * shift(a, dim, step, 0)
         step *= 2
     return b
 
@@ -216,7 +216,7 @@ def _cumprod(d: Tensor, self: Tensor, dim: int, out: Tensor) -> Tensor:
     if d.numel() == 0 or d.ndim == 0:
         return d
     dim %= d.ndim
-    return _recurrence(self.to(out.dtype), d * _shift(out, dim, 1, 1), dim)
+    return recurrence(self.to(out.dtype), d * shift(out, dim, 1, 1), dim)
 
 
 def _logcumsumexp(d: Tensor, self: Tensor, dim: int, out: Tensor) -> Tensor:
@@ -225,8 +225,8 @@ def _logcumsumexp(d: Tensor, self: Tensor, dim: int, out: Tensor) -> Tensor:
         return d
     dim %= d.ndim
     finite = out.masked_fill(out.abs() == math.inf, 0)
-    decay = (_shift(out, dim, 1, -math.inf) - finite).exp()
-    return _recurrence(decay, d * (self - finite).exp(), dim)
+    decay = (shift(out, dim, 1, -math.inf) - finite).exp()
+    return recurrence(decay, d * (self - finite).exp(), dim)
 
 
 def _prod(d: Tensor, self: Tensor, dim: int) -> Tensor:
@@ -234,8 +234,8 @@ def _prod(d: Tensor, self: Tensor, dim: int) -> Tensor:
     if d.numel() == 0 or d.ndim == 0:
         return d.sum([dim]) if d.ndim else d
     dim %= d.ndim
-    before = _shift(self.cumprod(dim), dim, 1, 1)
-    behind = _shift(self.flip(dim).cumprod(dim), dim, 1, 1).flip(dim)
+    before = shift(self.cumprod(dim), dim, 1, 1)
+    behind = shift(self.flip(dim).cumprod(dim), dim, 1, 1).flip(dim)
     return (d * before * behind).sum([dim])
 
 

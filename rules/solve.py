@@ -195,7 +195,8 @@ def _matrix(x: Tensor, A: Tensor) -> Tensor:
 
 def _singular_dot(d: Tensor, A: Tensor) -> Tensor:
     U, _, Vh = torch.linalg.svd(A, full_matrices=False)
-    return (U.mH @ d @ Vh.mH).diagonal(dim1=-2, dim2=-1).real
+    values_dot: Tensor = (U.mH @ d @ Vh.mH).diagonal(dim1=-2, dim2=-1)
+    return values_dot.real
 
 
 def _lstsq_shapes(
