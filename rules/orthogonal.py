@@ -38,14 +38,19 @@ def _turn(
 ) -> Tensor:
     """The tangent of (1 - V W) x, or of its adjoint times x, by that of V or of tau."""
     V, G, W = _vectors(input, tau)
-    G_dot = tau_dot.unsqueeze(-1) * V.mH if V_dot is None else tau.unsqueeze(-1) * V_dot.mH
-    moved = G_dot @ V if V_dot is None else G_dot @ V + G @ V_dot
+    if V_dot is None:
+        G_dot = tau_dot.unsqueeze(-1) * V.mH
+        moved = G_dot @ V
+    else:
+        G_dot = tau.unsqueeze(-1) * V_dot.mH
+        moved = G_dot @ V + G @ V_dot
     W_dot = _solve(G @ V, G_dot - moved.triu(1) @ W)
-    if adjoint:
-        turned = W_dot.mH @ (V.mH @ x)
-        return -turned if V_dot is None else -turned - W.mH @ (V_dot.mH @ x)
-    turned = V @ (W_dot @ x)
-    return -turned if V_dot is None else -turned - V_dot @ (W @ x)
+    turned = _product(V, W_dot, x, adjoint)
+    return -turned if V_dot is None else -turned - _product(V_dot, W, x, adjoint)
+
+
+def _product(A: Tensor, B: Tensor, x: Tensor, adjoint: bool) -> Tensor:
+    return B.mH @ (A.mH @ x) if adjoint else A @ (B @ x)
 
 
 def _strict(d: Tensor, tau: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+from importlib import import_module
 from itertools import groupby
 from typing import Any
 
@@ -98,11 +100,11 @@ def _chunked_apart(
     )  # fmt: skip
 
 
-try:
-    from torch.nn.modules import linear_cross_entropy as _  # noqa: F401  (registers both ops)
-except ImportError:
-    pass
-else:
-    _ops = torch.ops.torch_nn
-    lowerings[_ops._linear_cross_entropy_batch_chunked.default] = _chunked
-    lowerings[_ops._linear_cross_entropy_batch_chunked_no_reduction.default] = _chunked_apart
+with suppress(ImportError):  # the module that registers the two ops
+    import_module("torch.nn.modules.linear_cross_entropy")
+for _name, _lower in (
+    ("_linear_cross_entropy_batch_chunked", _chunked),
+    ("_linear_cross_entropy_batch_chunked_no_reduction", _chunked_apart),
+):
+    if hasattr(torch.ops.torch_nn, _name):
+        lowerings[getattr(torch.ops.torch_nn, _name).default] = _lower
