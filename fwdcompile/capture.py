@@ -23,6 +23,7 @@ from . import rule
 from .errors import CaptureError
 from .hazards import (
     explain,
+    known_shapes,
     refuse_autograd_functions,
     refuse_hidden_writes,
     source_of,
@@ -136,6 +137,7 @@ def _export(
             warnings.simplefilter("ignore", DeprecationWarning)
             stack.enter_context(user_source_lines())
             stack.enter_context(refuse_autograd_functions())
+            stack.enter_context(known_shapes())
             shapes = open_first(args, kwargs) if dynamic else None
             exported = torch.export.export(root, args, kwargs, dynamic_shapes=shapes, strict=False)
             refuse_hidden_writes(exported)

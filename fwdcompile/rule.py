@@ -59,6 +59,10 @@ table: dict[OpOverload, Rule] = {}
 # call; it returns NotImplemented to leave the op whole.
 lowerings: dict[OpOverload, Callable[..., Any]] = {}
 
+# Ops whose output shapes torch cannot tell before it runs them, with a function that tells them
+# for capture: it takes the op's arguments and returns empty tensors.
+shapes: dict[OpOverload, Callable[..., Any]] = {}
+
 
 def linear(op: OpOverload, wrt: str | tuple[str, ...]) -> None:
     """Declares `op` jointly linear in the arguments `wrt`: out_dot is op of their tangents.

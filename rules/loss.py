@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..rule import joint, jvp, linear
+from ..rule import joint, jvp
 
 aten = torch.ops.aten
 
@@ -22,9 +22,20 @@ def reduced(x: Tensor, weight: Tensor | None, reduction: int) -> Tensor:
     return x.mean() if reduction == 1 else x.sum()
 
 
-# The negative log-likelihood is linear in the log-probabilities; its total weight is fixed.
+# The negative log-likelihood is linear in the log-probabilities.
+def nll_weight(
+    d: Tensor, self: Tensor, weight: Tensor, reduction: int, out: Tensor, call: Callable[..., Any]
+) -> Any:
+    """Linear in the weights too, but for the mean: that divides by the total weight."""
+    if reduction != 1:
+        return call(weight=d)
+    ones = torch.ones_like(self)
+    by_sum = call(weight=d, reduction=2) + out * call(self=ones, weight=d, reduction=2)
+    return -by_sum / call(self=ones, reduction=2)
+
+
 for _op in (aten.nll_loss_nd.default, aten.nll_loss.default, aten.nll_loss2d.default):
-    linear(_op, wrt="self")
+    jvp(_op, self=lambda d, call: call(self=d), weight=nll_weight)
 for _op in (aten.nll_loss_forward.default, aten.nll_loss2d_forward.default):
     jvp(_op, self=lambda d, call: (call(self=d)[0], None))
 

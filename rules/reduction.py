@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import RuleError
 from ..rule import jvp, linear
 
 aten = torch.ops.aten
@@ -95,15 +94,18 @@ for _op in (
     jvp(_op, self=lambda d, dim, out: (d.gather(dim, out[1]), None))
 
 
+def real_product(x: Tensor, d: Tensor) -> Tensor:
+    """x * d, and for complex numbers the scalar product of the two as vectors in the plane."""
+    return (x.conj() * d).real if x.is_complex() else x * d
+
+
 # Moments. The mean moves too, but deviations from it sum to zero, so its tangent drops out.
 def _var(
     d: Tensor, self: Tensor, mean: Tensor, dim: Dims, correction: float | None, keepdim: bool
 ) -> Tensor:
-    if self.is_complex():
-        raise RuleError("the variance of a complex tensor has no row; use its real and imag parts")
     size = math.prod(self.shape[i] for i in _dims(dim, self.ndim))
     freedom = size - (1 if correction is None else correction)
-    total = _total((self - mean) * d, dim, keepdim)
+    total = _total(real_product(self - mean, d), dim, keepdim)
     return total * (2 / freedom if freedom > 0 else math.nan)
 
 
@@ -158,21 +160,19 @@ def norm_dot(
     d: Tensor, x: Tensor, p: float, out: Tensor, dim: Dims = None, keepdim: bool = False
 ) -> Tensor:
     """The tangent of the p-norm `out` of x; where the norm is zero, so is its tangent."""
-    if x.is_complex():
-        raise RuleError("the norm of a complex tensor has no row; take the norm of x.abs()")
     if p == 0:
         return torch.zeros_like(out)
+    if p == 2:
+        return (_total(real_product(x, d), dim, keepdim) / out).masked_fill(out == 0, 0)
+    lengthened = real_product(x.sgn() if x.is_complex() else x.sign(), d)
     if p == 1:
-        return _total(x.sign() * d, dim, keepdim)
+        return _total(lengthened, dim, keepdim)
     if math.isinf(p):
         wins = x.abs() == _kept(out, dim, keepdim, x)
-        return _share(x.sign() * d, wins, dim, keepdim)
-    if p == 2:
-        slope, scale = x, out
-    else:
-        slope, scale = x.sign() * x.abs().pow(p - 1), out.pow(p - 1)
-        slope = slope.masked_fill(x == 0, 0)
-    return (_total(slope * d, dim, keepdim) / scale).masked_fill(out == 0, 0)
+        return _share(lengthened, wins, dim, keepdim)
+    slope = x.abs().pow(p - 1).masked_fill(x == 0, 0)
+    total = _total(lengthened * slope, dim, keepdim)
+    return (total / out.pow(p - 1)).masked_fill(out == 0, 0)
 
 
 jvp(
@@ -196,18 +196,18 @@ jvp(aten.logsumexp.default, self=_logsumexp)
 
 
 # Scans and products, right where factors are zero, to every order.
-def _shift(x: Tensor, dim: int, by: int, fill: float) -> Tensor:
+def shift(x: Tensor, dim: int, by: int, fill: float) -> Tensor:
     """Moves elements `by` places up along `dim`, which is not negative; `fill` comes in below."""
     rest = x.narrow(dim, 0, x.shape[dim] - by)
     return torch.cat([torch.full_like(x.narrow(dim, 0, by), fill), rest], dim)
 
 
-def _recurrence(a: Tensor, b: Tensor, dim: int) -> Tensor:
+def recurrence(a: Tensor, b: Tensor, dim: int) -> Tensor:
     """Solves y[i] = a[i] * y[i - 1] + b[i] along `dim` from y[-1] = 0, by log2(n) doublings."""
     step = 1
     while step < b.shape[dim]:
-        b = b + a * _shift(b, dim, step, 0)
-        a = a * _shift(a, dim, step, 0)
+        b = b + a * shift(b, dim, step, 0)
+        a = a * shift(a, dim, step, 0)
         step *= 2
     return b
 
@@ -216,7 +216,7 @@ def _cumprod(d: Tensor, self: Tensor, dim: int, out: Tensor) -> Tensor:
     if d.numel() == 0 or d.ndim == 0:
         return d
     dim %= d.ndim
-    return _recurrence(self.to(out.dtype), d * _shift(out, dim, 1, 1), dim)
+    return recurrence(self.to(out.dtype), d * shift(out, dim, 1, 1), dim)
 
 
 def _logcumsumexp(d: Tensor, self: Tensor, dim: int, out: Tensor) -> Tensor:
@@ -225,8 +225,8 @@ def _logcumsumexp(d: Tensor, self: Tensor, dim: int, out: Tensor) -> Tensor:
         return d
     dim %= d.ndim
     finite = out.masked_fill(out.abs() == math.inf, 0)
-    decay = (_shift(out, dim, 1, -math.inf) - finite).exp()
-    return _recurrence(decay, d * (self - finite).exp(), dim)
+    decay = (shift(out, dim, 1, -math.inf) - finite).exp()
+    return recurrence(decay, d * (self - finite).exp(), dim)
 
 
 def _prod(d: Tensor, self: Tensor, dim: int) -> Tensor:
@@ -234,8 +234,8 @@ def _prod(d: Tensor, self: Tensor, dim: int) -> Tensor:
     if d.numel() == 0 or d.ndim == 0:
         return d.sum([dim]) if d.ndim else d
     dim %= d.ndim
-    before = _shift(self.cumprod(dim), dim, 1, 1)
-    behind = _shift(self.flip(dim).cumprod(dim), dim, 1, 1).flip(dim)
+    before = shift(self.cumprod(dim), dim, 1, 1)
+    behind = shift(self.flip(dim).cumprod(dim), dim, 1, 1).flip(dim)
     return (d * before * behind).sum([dim])
 
 

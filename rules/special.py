@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import RuleError
 from ..rule import pointwise
 
 aten = torch.ops.aten
@@ -42,8 +43,19 @@ def gamma_density(self: Tensor, other: Tensor) -> Tensor:
     return torch.exp((self - 1) * torch.log(other) - other - torch.lgamma(self))
 
 
-pointwise(aten.igamma.default, other=gamma_density)
-pointwise(aten.igammac.default, other=lambda self, other: -gamma_density(self, other))
+def no_slope() -> Tensor:
+    raise RuleError(
+        "the incomplete gamma functions have no closed derivative in their first argument; give "
+        "it no tangent (detach it), or give a custom op with your own quadrature a row"
+    )
+
+
+pointwise(aten.igamma.default, self=no_slope, other=gamma_density)
+pointwise(
+    aten.igammac.default,
+    self=no_slope,
+    other=lambda self, other: -gamma_density(self, other),
+)
 for _op in (aten.special_zeta.default, aten.special_zeta.self_scalar):
     pointwise(_op, other=lambda self, other: -self * special.zeta(self + 1, other))
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from check import check, jvp_by_rule
+from functions import check_function
 from torch import Tensor
 
 import fwdcompile
@@ -61,6 +62,10 @@ LIKELIHOOD += [
 ]
 
 
+# Their second output, the total weight, is no loss.
+NO_WEIGHT = (aten.nll_loss_forward.default, aten.nll_loss2d_forward.default)
+
+
 @pytest.mark.parametrize(("op", "args"), ROWS)
 def test_row(op: Any, args: tuple[Any, ...]) -> None:
     check(op, *args)
@@ -74,6 +79,22 @@ def test_weighted_row(op: Any, args: tuple[Any, ...]) -> None:
 @pytest.mark.parametrize(("op", "args"), LIKELIHOOD)
 def test_likelihood(op: Any, args: tuple[Any, ...]) -> None:
     check(op, *args, wrt=(0,))
+
+
+@pytest.mark.parametrize(("op", "args"), LIKELIHOOD)
+def test_weights_of_a_likelihood(op: Any, args: tuple[Any, ...]) -> None:
+    """Torch gives the weights no tangent."""
+    if args[2] is WEIGHT and op not in NO_WEIGHT:
+        check(op, *args, wrt=(0, 2), oracle="difference")
+
+
+def test_weights_of_a_cross_entropy() -> None:
+    for smoothing in (0.0, 0.1):
+
+        def loss(x: Tensor, weight: Tensor, by: float = smoothing) -> Tensor:
+            return F.cross_entropy(x, LABELS, weight, ignore_index=2, label_smoothing=by)
+
+        check_function(loss, X, WEIGHT, oracle="difference")
 
 
 def test_kink_follows_torch() -> None:

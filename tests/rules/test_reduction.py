@@ -150,6 +150,28 @@ NORMS: list[Sample] = [
     (aten.logsumexp.default, (_v([-INF, 0.0, 1.0], [1e4, 1e4, -1e4]), [1]), {}),
 ]
 
+COMPLEX = torch.complex(CUBE, CUBE.flip(0) + 1)
+COMPLEX_SAMPLES: list[Sample] = [
+    *(
+        (op, (COMPLEX, [1]), {"correction": 1})
+        for op in (
+            aten.var.correction,
+            aten.std.correction,
+            aten.var_mean.correction,
+            aten.std_mean.correction,
+        )
+    ),
+    *(
+        (aten.linalg_vector_norm.default, (COMPLEX, p, dim), {})
+        for p in (2, 1, 0, 0.5, 3, INF, -INF)
+        for dim in (None, [0, 1])
+    ),
+    *((aten.dist.default, (COMPLEX, COMPLEX.flip(1) + 2j, p), {}) for p in (2, 1, 2.5, INF)),
+    *((aten.logcumsumexp.default, (COMPLEX, dim), {}) for dim in (0, 1)),
+    *((aten.cumprod.default, (COMPLEX, dim), {}) for dim in (0, 1)),
+    (aten.prod.default, (COMPLEX,), {}),
+]
+
 PRODUCTS: list[Sample] = [
     *((aten.prod.default, (x,), {}) for x in (X, ZEROS, ZEROS[0], SCALAR, EMPTY)),
     *(
@@ -207,6 +229,19 @@ def test_the_variance_of_too_few_has_no_number_for_a_tangent(correction: int) ->
 @pytest.mark.parametrize(("op", "args", "kwargs"), NORMS, ids=_name)
 def test_norms(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     check(op, *args, **kwargs)
+
+
+@pytest.mark.parametrize(("op", "args", "kwargs"), COMPLEX_SAMPLES, ids=_name)
+def test_complex(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    check(op, *args, **kwargs)
+
+
+def test_a_running_logsumexp_keeps_its_digits() -> None:
+    """Torch adds 1e-13 to a sum that is small where a later element is large."""
+    x = _v([-20.0, -19.0, 0.0])
+    check(aten.logcumsumexp.default, x, 1, oracle="difference")
+    _, (x_dot,) = jvp_by_rule(aten.logcumsumexp.default, (x, 1), {}, {0: torch.ones_like(x)})
+    torch.testing.assert_close(x_dot, torch.ones_like(x), rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("p", [2, 1, 0.5, 1.5, 3, INF])

@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from check import check
+from check import check, jvp_by_rule
 from torch import Tensor
+
+from fwdcompile.errors import RuleError
 
 aten = torch.ops.aten
 
@@ -88,6 +90,8 @@ def test_limit_at_zero(op: Any, args: tuple[Any, ...]) -> None:
 @pytest.mark.parametrize("op", [aten.igamma.default, aten.igammac.default])
 def test_incomplete_gamma(op: Any) -> None:
     check(op, POSITIVE, Y.abs(), wrt=(1,), oracle="difference")
+    with pytest.raises(RuleError, match="no closed derivative"):
+        jvp_by_rule(op, (POSITIVE, Y.abs()), {}, {0: Y})
 
 
 def test_zeta() -> None:
