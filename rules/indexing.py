@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import RuleError
-from ..rule import joint, jvp, linear, not_implemented
+from ..rule import joint, jvp, linear, lowerings, not_implemented
 
 aten = torch.ops.aten
 
@@ -23,6 +23,19 @@ for _op in (
     aten.take_along_dim.default,
 ):
     linear(_op, wrt="self")
+
+
+def _by_number(self: Tensor, indices: list[Tensor | None]) -> Any:
+    """A mask becomes the numbers of its true places: primal and tangent then share one count."""
+    masks = [i is not None and i.dtype in (torch.bool, torch.uint8) for i in indices]
+    if not any(masks):
+        return NotImplemented
+    pairs = zip(indices, masks, strict=True)
+    numbers = [i.nonzero().unbind(1) if mask else (i,) for i, mask in pairs]  # type: ignore
+    return aten.index.Tensor(self, [i for group in numbers for i in group])
+
+
+lowerings[aten.index.Tensor] = _by_number
 
 not_implemented(
     aten.masked_select.default,
