@@ -156,6 +156,30 @@ def test_shapes_that_depend_on_values(function: Any) -> None:
     torch.testing.assert_close(fwdcompile.jvp(function, (X,), (Y,)), expected)
 
 
+def _squared_in_place(x: Tensor, mask: Tensor) -> Tensor:
+    y = x * 1
+    y[mask] = x[mask] * x[mask]
+    return y
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x, mask: x[mask].square().sum(),
+        lambda x, mask: x[mask] * x[mask].sin(),
+        lambda x, mask: x[:, mask[0]],
+        lambda x, mask: x[mask[:, 1], _i(2)],
+        _squared_in_place,
+    ],
+)
+def test_a_mask_may_choose_another_number_at_every_call(function: Any) -> None:
+    fwd = fwdcompile.transform(function)
+    for mask in (MASK, ~MASK, MASK & False, MASK | True):
+        y, y_dot = fwd(X, mask, tangents={"x": Y})
+        expected = torch.func.jvp(lambda x, mask=mask: function(x, mask), (X,), (Y,))
+        torch.testing.assert_close((y, y_dot), expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_tangent_has_its_primals_dtype(dtype: torch.dtype) -> None:
     x = X.to(dtype)
