@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import inspect
 import io
 import linecache
 import math
@@ -19,6 +20,7 @@ from torch.utils import _pytree as pytree
 
 from .errors import FwdcompileError
 from .program import OutSpec, Program, Slot, is_random, location, output_nodes, value
+from .subgraph import CONVENTIONS, called, function_names
 from .trace import bind_call, unflatten_call
 
 aten = torch.ops.aten
@@ -69,6 +71,7 @@ def emit(program: Program, passes: Sequence[str] = ()) -> str:
     Returns:
         Source text that imports nothing but torch.
     """
+    names = function_names(program.graph)
     lines = [
         f'"""{_summary(program)}',
         "",
@@ -78,13 +81,15 @@ def emit(program: Program, passes: Sequence[str] = ()) -> str:
         "",
         "from __future__ import annotations",
         "",
+        *(["from collections.abc import Callable", ""] if names else []),
         "import torch",
         "",
         "aten = torch.ops.aten",
         "",
         *_constants(program),
         "",
-        *_function(program),
+        *_called(program.graph, names),
+        *_function(program, names),
         "",
         "",
         "# What the arguments and results of forward stand for: kind, name, direction, factor.",
@@ -194,13 +199,24 @@ def _tensor_text(x: Tensor) -> str:
     return f'{load}, weights_only=True).to("{x.device}")'
 
 
-def _function(program: Program) -> Iterator[str]:
-    yield "def forward("
+def _called(graph: fx.Graph, names: Mapping[fx.Graph, str]) -> Iterator[str]:
+    """The functions for control flow, and the programs that higher-order ops call."""
+    ops = dict.fromkeys(node.target for node, _, _ in called(graph))
+    for op in ops:
+        yield from inspect.getsource(CONVENTIONS[op].function).splitlines()
+        yield from ("", "")
+    for _, program, _ in called(graph):
+        yield from _function(program, names)
+        yield from ("", "")
+
+
+def _function(program: Program, names: Mapping[fx.Graph, str]) -> Iterator[str]:
+    yield f"def {names.get(program.graph, 'forward')}("
     for node, slot in program.placeholders():
         if slot.kind != "constant":
             yield f"{_INDENT}{node.name}: {shape_text(value(node))},"
     yield "):"
-    writer = _Writer(program.graph)
+    writer = _Writer(program.graph, names)
     where = ("", "")
     for statement in writer.statements():
         module = statement.node.meta.get("module", "")
@@ -254,8 +270,9 @@ class _Statement:
 class _Writer:
     """Turns nodes into statements, with single-use glue written inside the line that uses it."""
 
-    def __init__(self, graph: fx.Graph) -> None:
+    def __init__(self, graph: fx.Graph, names: Mapping[fx.Graph, str]) -> None:
         self.graph = graph
+        self.functions = names
         self.pending: dict[fx.Node, _Expression] = {}
         self.written: list[_Statement] = []
 
@@ -326,6 +343,8 @@ class _Writer:
             if isinstance(arg, list | tuple):
                 items = ", ".join(operand(item) for item in arg)
                 return f"[{items}]"
+            if isinstance(arg, Program):
+                return self.functions[arg.graph]
             return _literal(arg)
 
         text, binding = _call_text(node, operand)
@@ -343,6 +362,8 @@ class _Writer:
 
 def _call_text(node: fx.Node, operand: Any) -> tuple[str, int]:
     op = node.target
+    if op in CONVENTIONS:
+        return f"{CONVENTIONS[op].function.__name__}({', '.join(map(operand, node.args))})", _ATOM
     bound = bind_call(op, node.args, node.kwargs)  # type: ignore[arg-type]
     args, kwargs = unflatten_call(op, bound)  # type: ignore[arg-type]
     if op in _INFIX and len(args) == 2 and not kwargs and isinstance(args[0], fx.Node):
