@@ -17,6 +17,7 @@ from torch.export.graph_signature import (
     InputSpec,
     OutputKind,
 )
+from torch.fx.traceback import preserve_node_meta
 from torch.utils import _pytree as pytree
 
 from . import rule
@@ -40,6 +41,7 @@ from .parts import (
 )
 from .program import OutSpec, Program, Slot, identifier, op_name, rename, value
 from .sizes import Sym, open_first, thaw
+from .subgraph import adopt
 
 _ROOT = "_model_"
 
@@ -139,7 +141,10 @@ def _export(
             stack.enter_context(refuse_autograd_functions())
             stack.enter_context(known_shapes())
             shapes = open_first(args, kwargs) if dynamic else None
-            exported = torch.export.export(root, args, kwargs, dynamic_shapes=shapes, strict=False)
+            with preserve_node_meta():  # the source lines in the branches of a torch.cond
+                exported = torch.export.export(
+                    root, args, kwargs, dynamic_shapes=shapes, strict=False
+                )
             refuse_hidden_writes(exported)
             thaw(exported.graph)
             lowering = default_decompositions()
@@ -158,15 +163,13 @@ def _export(
 def _program(exported: ExportedProgram, root: Root, paths: list[str]) -> Program:
     graph = fx.Graph()
     results: Any = graph.graph_copy(exported.graph, {})
-    for node in list(graph.nodes):
-        _mark_source(node)
-        if node.target is torch.ops.aten._assert_tensor_metadata.default:
-            graph.erase_node(node)  # what it asserts holds for every call of this program
+    _mark_sources(graph)
     aliases = aliases_of(root.model)
     inputs = _inputs(graph, exported, iter(paths), aliases)
     nodes, slots, leaves = _outputs(results, exported, inputs, aliases)
     graph.output(tuple(nodes))
-    _rename(graph, inputs)
+    _rename(graph, {node: identifier(_qualified(slot.name)) for slot, node in inputs.items()})
+    adopt(graph, exported.graph_module, _tidy_inner)
     return Program(
         graph,
         tuple(inputs),
@@ -178,9 +181,16 @@ def _program(exported: ExportedProgram, root: Root, paths: list[str]) -> Program
     )
 
 
-def _rename(graph: fx.Graph, inputs: Mapping[Slot, fx.Node]) -> None:
-    """Inputs get their slot's name, ops that of the op, items of a result `<op>_out0`."""
-    names = {node: identifier(_qualified(slot.name)) for slot, node in inputs.items()}
+def _tidy_inner(graph: fx.Graph, names: list[str]) -> None:
+    """Names and sources in a program that a higher-order op calls."""
+    _mark_sources(graph)
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    _rename(graph, dict(zip(inputs, names, strict=True)))
+
+
+def _rename(graph: fx.Graph, inputs: Mapping[fx.Node, str]) -> None:
+    """Inputs get the names given, ops that of the op, items of a result `<op>_out0`."""
+    names = dict(inputs)
     calls = [node for node in graph.nodes if node.op == "call_function"]
     rename(graph, names | {node: _tidy(node) for node in calls if node.target is not getitem})
     items = {node: node.args for node in calls if node.target is getitem}
@@ -191,7 +201,15 @@ def _rename(graph: fx.Graph, inputs: Mapping[Slot, fx.Node]) -> None:
 def _tidy(node: fx.Node) -> str:
     """The op's name without what only torch's internals need."""
     name = op_name(node).removesuffix("_functional").removesuffix("_no_training")
+    name = name.removesuffix("_impl")
     return name.removesuffix("_legit").removeprefix("native_")
+
+
+def _mark_sources(graph: fx.Graph) -> None:
+    for node in list(graph.nodes):
+        _mark_source(node)
+        if node.target is torch.ops.aten._assert_tensor_metadata.default:
+            graph.erase_node(node)  # what it asserts holds for every call of this program
 
 
 def _mark_source(node: fx.Node) -> None:

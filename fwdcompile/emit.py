@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import inspect
 import io
 import linecache
 import math
@@ -23,6 +24,7 @@ from torch.utils import _pytree as pytree
 from .errors import FwdcompileError
 from .program import OutSpec, Program, Slot, is_random, location, output_nodes, value
 from .sizes import Sym
+from .subgraph import CONVENTIONS, called, function_names
 from .trace import bind_call, unflatten_call
 
 aten = torch.ops.aten
@@ -82,6 +84,7 @@ def emit(program: Program, passes: Sequence[str] = ()) -> str:
     Returns:
         Source text that imports nothing but torch.
     """
+    names = function_names(program.graph)
     lines = [
         f'"""{_summary(program)}',
         "",
@@ -91,13 +94,15 @@ def emit(program: Program, passes: Sequence[str] = ()) -> str:
         "",
         "from __future__ import annotations",
         "",
+        *(["from collections.abc import Callable", ""] if names else []),
         "import torch",
         "",
         "aten = torch.ops.aten",
         "",
         *_constants(program),
         "",
-        *_function(program),
+        *_called(program.graph, names),
+        *_function(program, names),
         "",
         "",
         "# What the arguments and results of forward stand for: kind, name, direction, factor.",
@@ -207,9 +212,20 @@ def _tensor_text(x: Tensor) -> str:
     return f'{load}, weights_only=True).to("{x.device}")'
 
 
-def _function(program: Program) -> Iterator[str]:
-    writer = _Writer(program.graph)
-    yield "def forward("
+def _called(graph: fx.Graph, names: Mapping[fx.Graph, str]) -> Iterator[str]:
+    """The functions for control flow, and the programs that higher-order ops call."""
+    ops = dict.fromkeys(node.target for node, _, _ in called(graph))
+    for op in ops:
+        yield from inspect.getsource(CONVENTIONS[op].function).splitlines()
+        yield from ("", "")
+    for _, program, _ in called(graph):
+        yield from _function(program, names)
+        yield from ("", "")
+
+
+def _function(program: Program, names: Mapping[fx.Graph, str]) -> Iterator[str]:
+    writer = _Writer(program.graph, names)
+    yield f"def {names.get(program.graph, 'forward')}("
     for node, slot in program.placeholders():
         if slot.kind != "constant":
             yield f"{_INDENT}{writer.declared(node)},"
@@ -267,8 +283,9 @@ class _Statement:
 class _Writer:
     """Turns nodes into statements, with single-use glue written inside the line that uses it."""
 
-    def __init__(self, graph: fx.Graph) -> None:
+    def __init__(self, graph: fx.Graph, names: Mapping[fx.Graph, str]) -> None:
         self.graph = graph
+        self.functions = names
         self.pending: dict[fx.Node, _Expression] = {}
         self.written: list[_Statement] = []
         self.sizes = {
@@ -351,6 +368,8 @@ class _Writer:
             if isinstance(arg, list | tuple):
                 items = ", ".join(operand(item) for item in arg)
                 return f"[{items}]"
+            if isinstance(arg, Program):
+                return self.functions[arg.graph]
             return _literal(arg)
 
         text, binding = _call_text(node, operand)
@@ -369,6 +388,8 @@ class _Writer:
 
 def _call_text(node: fx.Node, operand: Any) -> tuple[str, int]:
     op = node.target
+    if op in CONVENTIONS:
+        return f"{CONVENTIONS[op].function.__name__}({', '.join(map(operand, node.args))})", _ATOM
     if op in _ARITHMETIC:
         symbol, binding = _ARITHMETIC[op]
         left, right = node.args

@@ -27,6 +27,7 @@ from .binding import (
     signature_of,
     store,
 )
+from .calls import settle
 from .capture import capture
 from .costs import Product, calibrate
 from .directions import RankOne
@@ -34,7 +35,7 @@ from .emit import emit, execute
 from .errors import FwdcompileError, TangentError
 from .graph import program_graph
 from .parts import Model, input_leaves, modules_of
-from .program import OutSpec, Program, is_differentiable
+from .program import OutSpec, Program, graphs, is_differentiable
 from .simplify import PASSES, detach_tangents, simplify
 from .sizes import mark_open, serves
 from .stack import forms, groups
@@ -182,7 +183,8 @@ class Forward:
             What was measured. The results are kept in a file of the user, `costs_path()`.
         """
         plain = Forward(self.model, passes=[name for name in self.passes if name != "stack"])
-        products = [group.product for group in groups(plain.lower(*args, **kwargs).program.graph)]
+        lowered = plain.lower(*args, **kwargs)
+        products = [g.product for graph in graphs(lowered.program.graph) for g in groups(graph)]
         calibrate(products, forms)
         self._cache.clear()
         return products
@@ -288,6 +290,7 @@ class Forward:
         nestable = program.copy()
         if not self.tracks_grad:
             detach_tangents(program.graph)
+        settle(program.graph)
         return self._generate(program, nestable, stages | {"simplify": program.graph})
 
     def _generate(

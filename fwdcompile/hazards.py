@@ -100,7 +100,8 @@ def source_of(node: fx.Node) -> tuple[str, int, str] | None:
     frames = _FRAME.findall(node.meta.get("stack_trace") or "")
     if not frames:
         return None
-    file, line, code = frames[-1]
+    own = [frame for frame in frames if not frame[0].startswith(_TORCH)]
+    file, line, code = (own or frames)[-1]
     return "/".join(Path(file).parts[-2:]), int(line), code.strip()
 
 

@@ -47,6 +47,8 @@ class OutSpec:
 class Program:
     """A functional ATen graph with its calling convention.
 
+    A higher-order op (`torch.cond`) has the programs that it calls among its arguments.
+
     Attributes:
         graph: placeholders, `call_function` nodes of ATen overloads, one flat output tuple.
         inputs: the meaning of each placeholder, in order.
@@ -78,13 +80,35 @@ class Program:
         """The same program with a graph of its own, names and metadata included."""
         graph = fx.Graph()
         graph.output(graph.graph_copy(self.graph, {}))
+        for node in graph.nodes:
+            node.args = fx.node.map_aggregate(node.args, _copied)
         return replace(self, graph=graph)
+
+    def __repr__(self) -> str:
+        return f"<program {self.title}>"
+
+
+def programs_of(node: fx.Node) -> list[Program]:
+    """The programs that a higher-order op calls; no other node has any."""
+    return [arg for arg in node.args if isinstance(arg, Program)]
+
+
+def graphs(graph: fx.Graph) -> Iterator[fx.Graph]:
+    """The graphs of all programs that a graph calls, innermost first, and then itself."""
+    for node in graph.nodes:
+        for program in programs_of(node):
+            yield from graphs(program.graph)
+    yield graph
 
 
 def output_nodes(graph: fx.Graph) -> tuple[fx.Node, ...]:
     """The nodes in the output tuple of a flat graph."""
     nodes: tuple[fx.Node, ...] = graph.output_node().args[0]  # type: ignore[assignment]
     return nodes
+
+
+def _copied(arg: Any) -> Any:
+    return arg.copy() if isinstance(arg, Program) else arg
 
 
 def value(node: fx.Node) -> Any:
@@ -98,7 +122,9 @@ def is_differentiable(x: object) -> bool:
 
 
 def is_random(node: fx.Node) -> bool:
-    """Whether the op of a node draws from the random number generator."""
+    """Whether the op of a node, or one that it calls, draws from the random number generator."""
+    if any(is_random(inner) for program in programs_of(node) for inner in program.graph.nodes):
+        return True
     return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
 
 

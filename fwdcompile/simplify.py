@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, fx
 from torch._ops import OpOverload
 
-from .program import is_differentiable, is_random
+from .calls import drop_operands, drop_results, merge_operands
+from .program import is_differentiable, is_random, programs_of
 from .reassociate import reassociate
 from .sizes import same_layout
 from .stack import stack
@@ -31,6 +32,8 @@ def cse(graph: fx.Graph) -> None:
     """
     seen: dict[Any, fx.Node] = {}
     for node in list(graph.nodes):
+        if programs_of(node):
+            merge_operands(node)
         if node.op != "call_function" or not _is_pure(node):
             continue
         key = (node.target, _key(node.args), _key(node.kwargs))
@@ -52,6 +55,11 @@ def dce(graph: fx.Graph) -> None:
     for node in reversed(list(graph.nodes)):
         if node.op == "call_function" and not node.users and not is_random(node):
             graph.erase_node(node)
+        elif programs := programs_of(node):
+            drop_results(node)
+            for program in programs:
+                dce(program.graph)
+            drop_operands(node)
 
 
 def identities(graph: fx.Graph) -> None:
@@ -91,6 +99,8 @@ def detach_tangents(graph: fx.Graph) -> None:
                     detached[source] = _detach(graph, source)
             if source in detached:
                 node.replace_input_with(source, detached[source])
+    for program in (program for node in graph.nodes for program in programs_of(node)):
+        detach_tangents(program.graph)
 
 
 def _detach(graph: fx.Graph, source: fx.Node) -> fx.Node:
@@ -124,7 +134,7 @@ _IDENTITIES = {
 
 
 def simplify(graph: fx.Graph, passes: tuple[str, ...] = tuple(PASSES)) -> None:
-    """Runs the named passes in order.
+    """Runs the named passes in order, then on the programs that the graph calls.
 
     Raises:
         ValueError: no pass has that name.
@@ -133,6 +143,8 @@ def simplify(graph: fx.Graph, passes: tuple[str, ...] = tuple(PASSES)) -> None:
         raise ValueError(f"no pass is called {unknown[0]!r}; there are {', '.join(PASSES)}")
     for name in passes:
         PASSES[name](graph)
+    for program in (program for node in graph.nodes for program in programs_of(node)):
+        simplify(program.graph, passes)
 
 
 def _is_pure(node: fx.Node) -> bool:

@@ -34,6 +34,7 @@ from .program import (
 )
 from .rule import Rule
 from .sizes import same_shape, unify
+from .subgraph import CONVENTIONS, dual, operands_of
 from .trace import Recorder, bind_call, caller, fake_mode
 
 aten = torch.ops.aten
@@ -89,6 +90,7 @@ class _Transform:
         self.recorder = Recorder(self.graph, fake_mode(program.graph), keep=rule.table)
         self.primals: dict[fx.Node, fx.Node] = {}
         self.dots: dict[fx.Node, list[Dot]] = {}
+        self.places: dict[fx.Node, list[int]] = {}  # of primal results among those of a dual op
 
     def run(self, active: Collection[str], rank_one: Collection[str]) -> Program:
         tangents = self._inputs(active, rank_one)
@@ -148,7 +150,9 @@ class _Transform:
 
     def _copy(self, node: fx.Node) -> fx.Node:
         if node.target is getitem:
-            copy = self.recorder.item(self.primals[node.args[0]], node.args[1])  # type: ignore
+            source, index = node.args
+            place = self.places[source][index] if source in self.places else index  # type: ignore
+            copy = self.recorder.item(self.primals[source], place)  # type: ignore
         else:
             copy = self.graph.node_copy(node, lambda n: self.primals[n])
         copy.meta = dict(node.meta) | {"role": "primal"}
@@ -187,11 +191,36 @@ class _Transform:
             return
         if not any(is_differentiable(x) for x in pytree.tree_leaves(value(node))):
             return
+        if node.target in CONVENTIONS:
+            self._call_dual(node)
+            return
         site = self._site(node)
         with self.recorder.active():
             dots = [self._dot(site, k) for k in self.directions]
         if any(dot is not None for dot in dots):
             self.dots[node] = dots
+
+    def _call_dual(self, node: fx.Node) -> None:
+        """Lets the copy of a higher-order op compute tangents as well."""
+        operands = [arg for group in operands_of(node) for arg in group]
+        active = [i for i, arg in enumerate(operands) if arg in self.dots]
+        called = dual(node, active, len(self.directions), transform)
+        if called.reached:
+            dots = {i: self.dots.get(operands[i]) or self._begin(operands[i], node)
+                    for i in called.active}  # fmt: skip
+            copy = self.primals[node]
+            self.places[node], self.dots[node] = called.install(copy, dots, self.recorder)  # type: ignore
+
+    def _begin(self, primal: fx.Node, loop: fx.Node) -> list[fx.Node]:
+        """Zero tangents before a loop, for a value that has a tangent only from its body on."""
+        copy = self.primals[loop]
+        with self.graph.inserting_before(copy), self.recorder.active():
+            like = self.recorder.fake(self.primals[primal])
+            zeros = [self.recorder.node(aten.zeros_like.default(like)) for _ in self.directions]
+        for k, node in enumerate(zeros):
+            node.meta |= {"role": "tangent", "of": primal.name, "direction": k}
+            node.meta["module"] = loop.meta.get("module", "")
+        return zeros
 
     def _item(self, node: fx.Node) -> None:
         source, index = node.args
@@ -298,7 +327,9 @@ class _Transform:
 
     def _zeros(self, node: fx.Node) -> fx.Node:
         with self.recorder.active():
-            zeros = self.recorder.node(torch.zeros_like(self.recorder.fake(self.primals[node])))
+            zeros = self.recorder.node(
+                aten.zeros_like.default(self.recorder.fake(self.primals[node]))
+            )
         zeros.meta |= {"role": "tangent", "of": node.name, "direction": 0, "absent": True}
         return zeros
 
