@@ -117,6 +117,7 @@ def check_name(name: str, values: Mapping[str, Any]) -> None:
     if not is_differentiable(values[name]):
         kind = getattr(values[name], "dtype", type(values[name]).__name__)
         raise TangentError(f"{name!r} is {kind}: only floating-point tensors have tangents")
+    _check_dense(values[name])
 
 
 def arrange(
@@ -146,12 +147,18 @@ def store(slots: Sequence[Slot], outs: Sequence[Tensor], values: Mapping[str, An
 def signature_of(x: Any) -> Any:
     """What of an input decides the captured graph: a tensor's metadata, anything else's value."""
     if isinstance(x, Tensor):
+        _check_dense(x)
         return x.shape, x.stride(), x.dtype, x.device
     try:
         hash(x)
     except TypeError:
         return type(x), repr(x)
     return type(x), x
+
+
+def _check_dense(x: Tensor) -> None:
+    if x.layout != torch.strided:
+        raise TangentError(f"{x.layout} tensors have no forward mode here: use x.to_dense()")
 
 
 def _text(x: Any) -> str:

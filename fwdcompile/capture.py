@@ -80,10 +80,9 @@ def capture(
     Example:
         >>> capture(torch.tanh, (torch.zeros(3),), {}).graph.print_tabular()
     """
-    root = Root(model)
-    exported = _export(root, *_distinct(model, args, kwargs), dynamic)
+    exported = _export(Root(model), *_distinct(model, args, kwargs), dynamic)
     paths = [path for path, _ in input_leaves(model, args, kwargs)]
-    return _program(exported, root, paths)
+    return _program(exported, model, paths)
 
 
 class Root(nn.Module):
@@ -97,16 +96,11 @@ class Root(nn.Module):
         super().__init__()
         for name, module in modules_of(model).items():
             self.add_module(name or _ROOT, module)
-        self._called = (model,)
-
-    @property
-    def model(self) -> Model:
-        """What was wrapped, hidden in a tuple so that it is not registered a second time."""
-        return self._called[0]
+        self._called = (model,)  # in a tuple, so that it is not registered a second time
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the model and registers dataclasses that it returns."""
-        out = self.model(*args, **kwargs)
+        out = self._called[0](*args, **kwargs)
         register_dataclasses(out)
         return out
 
@@ -160,11 +154,11 @@ def _export(
         raise CaptureError(explain(error)) from error
 
 
-def _program(exported: ExportedProgram, root: Root, paths: list[str]) -> Program:
+def _program(exported: ExportedProgram, model: Model, paths: list[str]) -> Program:
     graph = fx.Graph()
     results: Any = graph.graph_copy(exported.graph, {})
     _mark_sources(graph)
-    aliases = aliases_of(root.model)
+    aliases = aliases_of(model)
     inputs = _inputs(graph, exported, iter(paths), aliases)
     nodes, slots, leaves = _outputs(results, exported, inputs, aliases)
     graph.output(tuple(nodes))
@@ -175,7 +169,7 @@ def _program(exported: ExportedProgram, root: Root, paths: list[str]) -> Program
         tuple(inputs),
         tuple(slots),
         OutSpec(exported.call_spec.out_spec, tuple(leaves)),
-        getattr(root.model, "__qualname__", type(root.model).__name__),
+        getattr(model, "__qualname__", type(model).__name__),
         {s.name: exported.constants[s.name] for s in inputs if s.kind == "constant"},
         aliases,
     )

@@ -53,22 +53,43 @@ def user_source_lines() -> Iterator[None]:
 
 @contextmanager
 def refuse_autograd_functions() -> Iterator[None]:
-    """Raises CaptureError where a torch.autograd.Function of the user is applied."""
+    """Raises CaptureError where a torch.autograd.Function of the user is applied.
+
+    Branches and loop bodies of higher-order ops are traced by dynamo, which takes such a function
+    apart by itself; what it met there is raised at the end.
+    """
+    from torch._dynamo.variables.misc import AutogradFunctionVariable
+
     original = torch.autograd.Function.apply.__func__  # type: ignore[attr-defined]
+    traced = AutogradFunctionVariable.call_apply
+    met: list[CaptureError] = []
 
     def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
         if cls.__module__.startswith("torch."):
             return original(cls, *args, **kwargs)
-        frame = user_frame(traceback.extract_stack()[:-1])
-        where = f"{frame.filename}:{frame.lineno}: {frame.line}" if frame else "unknown line"
-        raise CaptureError(
-            f"{where}\n  {cls.__qualname__} is a torch.autograd.Function: capture would inline its "
-            "forward and drop its own derivative.\n  Write it as plain torch ops, or make it a "
-            "torch.library.custom_op and give that op a row with fwdcompile.rule.jvp."
-        )
+        raise _refused(cls, user_frame(traceback.extract_stack()[:-1]))
 
-    with mock.patch.object(torch.autograd.Function, "apply", classmethod(apply)):
+    def call_apply(self: Any, tx: Any, *args: Any) -> Any:
+        if not self.fn_cls.__module__.startswith("torch."):
+            met.append(_refused(self.fn_cls, tx.frame_summary()))
+        return traced(self, tx, *args)
+
+    with (
+        mock.patch.object(torch.autograd.Function, "apply", classmethod(apply)),
+        mock.patch.object(AutogradFunctionVariable, "call_apply", call_apply),
+    ):
         yield
+    if met:
+        raise met[0]
+
+
+def _refused(function: type, frame: traceback.FrameSummary | None) -> CaptureError:
+    where = f"{frame.filename}:{frame.lineno}: {frame.line}" if frame else "unknown line"
+    return CaptureError(
+        f"{where}\n  {function.__qualname__} is a torch.autograd.Function: capture would inline "
+        "its forward and drop its own derivative.\n  Write it as plain torch ops, or make it a "
+        "torch.library.custom_op and give that op a row with fwdcompile.rule.jvp."
+    )
 
 
 @contextmanager
@@ -85,14 +106,28 @@ def explain(error: Exception) -> str:
     """What went wrong in capture, with the user's line in front."""
     frame = user_frame(traceback.extract_tb(error.__traceback__))
     where = f"{frame.filename}:{frame.lineno}: {frame.line}\n  " if frame else ""
-    text = str(error).strip().split("\n")[0]
-    if "data-dependent" in text or "DataDependent" in type(error).__name__:
+    text = _first_line(str(error))
+    if "data-dependent" in text.lower() or "DataDependent" in type(error).__name__:
         return (
-            f"{where}The model decides in Python by the value of a tensor ({text}).\n  A program "
-            "has one path for all values: use torch.where or torch.cond, or move the decision out "
-            "of the model."
+            f"{where}The model decides in Python by the value of a tensor "
+            f"({text.split('. Hint:')[0]}).\n  A program has one path for all values: use "
+            "torch.where or torch.cond, or move the decision out of the model."
+        )
+    if "FunctionalTensor on its own" in text:
+        return (
+            f"{where}A branch or loop body makes a tensor from numbers (torch.tensor), which "
+            "torch.export cannot capture there.\n  Make it before, or with torch.full."
         )
     return f"{where}The model cannot be captured: {type(error).__name__}: {text}"
+
+
+def _first_line(text: str) -> str:
+    """The first line of an error that says what is wrong."""
+    lines = [line.strip() for line in text.strip().split("\n") if line.strip()]
+    if lines and lines[0].endswith("Got graph break/error:"):  # in a branch or a loop body
+        hints = [line for line in lines if line.startswith("Hint:")]
+        return ". ".join([*lines[1:2], *hints[:1]])
+    return lines[0] if lines else ""
 
 
 def source_of(node: fx.Node) -> tuple[str, int, str] | None:
@@ -115,7 +150,8 @@ def refuse_hidden_writes(exported: ExportedProgram) -> None:
         CaptureError: with the user's line.
     """
     buffers = exported.graph_signature.inputs_to_buffers
-    for node in exported.graph.nodes:
+    modules = [m for m in exported.graph_module.modules() if isinstance(m, fx.GraphModule)]
+    for node in (node for module in modules for node in module.graph.nodes):
         if node.target is aten.detach_.default and not _is_new(node.args[0]):
             raise CaptureError(_told(node, "takes the tangent off a tensor", "x = x.detach()"))
         for written in _written(node):

@@ -32,13 +32,13 @@ Sym = SymInt | SymFloat
 aten = torch.ops.aten
 
 
-def open_first(args: Sequence[Any], kwargs: Mapping[str, Any]) -> ShapesCollection:
+def open_first(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """What torch.export is told to leave open: the first dimension of every input, from size 2.
 
     Sizes 0 and 1 stay fixed, as everywhere in torch: they broadcast, or are contiguous, by rules
     of their own.
     """
-    shapes = ShapesCollection()
+    shapes = ShapesCollection()  # type: ignore[no-untyped-call]
     for leaf in pytree.tree_leaves((tuple(args), dict(kwargs))):
         if isinstance(leaf, Tensor) and leaf.ndim and leaf.shape[0] > 1:
             shapes[leaf] = {0: Dim.AUTO}
@@ -131,7 +131,7 @@ def unify(a: Tensor, b: Tensor) -> None:
     """Equates the sizes that depend on values, for a tangent has the shape of its primal."""
     for x, y in zip(a.shape, b.shape, strict=False):
         if free_unbacked_symbols(x) and free_unbacked_symbols(y):
-            torch._check(x == y)
+            torch._check(x == y)  # type: ignore[no-untyped-call]
 
 
 class _Arithmetic(PythonReferenceAnalysis):

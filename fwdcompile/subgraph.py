@@ -78,11 +78,16 @@ def adopt(
         if named and node.target not in CONVENTIONS:
             raise CaptureError(
                 f"{location(node) or 'unknown line'}\n  op {node.target} is a higher-order op that "
-                "fwdcompile cannot differentiate; torch.cond, scan, while_loop and map it can."
+                "fwdcompile cannot transform. It can torch.cond, scan, while_loop and map."
             )
         if named:
             operands = [arg for group in operands_of(node) for arg in group]
-            names = [arg.name if isinstance(arg, fx.Node) else "x" for arg in operands]
+            if literals := [arg for arg in operands if not isinstance(arg, fx.Node)]:
+                raise CaptureError(
+                    f"{location(node) or 'unknown line'}\n  op {node.target} carries the number "
+                    f"{literals[0]}; let it carry a tensor, torch.tensor({literals[0]})."
+                )
+            names = [arg.name for arg in operands]
             node.args = tuple(
                 _adopted(getattr(owner, arg.target), names, tidy) if arg in named else arg
                 for arg in node.args
@@ -182,11 +187,7 @@ class Dual:
         programs = iter(self.programs)
         places = CONVENTIONS[node.target].operands
         node.args = tuple(
-            next(programs)
-            if isinstance(arg, Program)
-            else tuple(next(lists))
-            if i in places
-            else arg
+            next(programs) if isinstance(arg, Program) else tuple(next(lists)) if i in places else arg
             for i, arg in enumerate(node.args)
         )
         outs, ways = value(node), range(self.directions)

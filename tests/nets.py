@@ -131,3 +131,21 @@ def reverse_jvp(model: nn.Module, loss: Tensor, dots: dict[str, Tensor]) -> Tens
 
 def difference(function: Any, x: Tensor, v: Tensor, step: float = 1e-5) -> Tensor:
     return (function(x + step * v) - function(x - step * v)) / (2 * step)
+
+
+class Gated(nn.Module):
+    """Takes one of two ways by the value of its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 3)
+        self.scale = nn.Parameter(torch.ones(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cond(x.sum() > 0, self.mix, self.stretch, (x,))
+
+    def mix(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.linear(x))
+
+    def stretch(self, x: Tensor) -> Tensor:
+        return x * self.scale

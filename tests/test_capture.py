@@ -6,6 +6,8 @@ import pytest
 import torch
 from nets import Mlp
 from torch import Tensor, nn
+from torch._higher_order_ops import while_loop
+from torch.nn.attention.flex_attention import flex_attention
 
 import fwdcompile
 from fwdcompile.capture import capture
@@ -143,9 +145,56 @@ class Lying(torch.autograd.Function):
         return gradient * 100
 
 
+def test_a_function_may_close_over_a_module_called_model() -> None:
+    model = nn.Linear(2, 3)
+    program = capture(lambda x: model(x).tanh(), (torch.ones(2),), {})
+    assert [slot.name for slot in program.inputs] == ["model.weight", "model.bias", "x"]
+
+
 def test_autograd_functions_are_refused() -> None:
     with pytest.raises(fwdcompile.CaptureError, match=r"(?s)test_capture.py.*Lying.*custom_op"):
         capture(lambda x: Lying.apply(x), (torch.ones(2),), {})
+
+
+def branch(function: Any) -> Any:
+    return lambda x: torch.cond(x.sum() > 0, function, lambda x: x.sin(), (x,))
+
+
+def hidden_write(x: Tensor) -> Tensor:
+    y = x * 2
+    y.detach().mul_(3)
+    return y
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (lambda x: Lying.apply(x), r"test_capture.py:\d+: .*Lying.apply.*custom_op"),
+        (hidden_write, r"test_capture.py:\d+: y.detach\(\).mul_\(3\).*clone"),
+        (lambda x: x, r"test_capture.py:\d+: .*alias.*x?.clone\(\)"),
+        (lambda x: x.sin() if x.sum() > 0 else x.cos(), "decides in Python.*torch.cond"),
+        (lambda x: x * torch.tensor([2.0, 3.0]), "makes a tensor from numbers.*torch.full"),
+    ],
+)
+def test_what_a_branch_cannot_say_is_refused(function: Any, message: str) -> None:
+    with pytest.raises(fwdcompile.CaptureError, match=f"(?s){message}"):
+        capture(branch(function), (torch.ones(2),), {})
+
+
+def test_other_higher_order_ops_are_refused() -> None:
+    def model(q: Tensor) -> Tensor:
+        return flex_attention(q, q, q, score_mod=lambda score, b, h, i, j: score * 2)
+
+    with pytest.raises(fwdcompile.CaptureError, match=r"(?s)test_capture.py:\d+.*flex_attention"):
+        capture(model, (torch.ones(1, 1, 16, 16),), {})
+
+
+def test_loops_carry_tensors() -> None:
+    def model(x: Tensor) -> Any:
+        return while_loop(lambda i, x: i < 3, lambda i, x: (i + 1, x.sin()), (0, x))
+
+    with pytest.raises(fwdcompile.CaptureError, match=r"(?s)test_capture.py:\d+.*tensor\(0\)"):
+        capture(model, (torch.ones(2),), {})
 
 
 def test_branching_on_data_names_the_line() -> None:

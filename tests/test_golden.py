@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from nets import Decoder, Flow, Mlp, Tied
+from nets import Decoder, Flow, Gated, Mlp, Tied
 from torch import nn
 
 import fwdcompile
@@ -49,6 +49,7 @@ PROGRAMS: dict[str, Any] = {
     "tied_batch_norm": (Tied(), (torch.zeros(4, dtype=torch.int64),), "parameters"),
     "flow": (Flow(), (torch.zeros(2, 3, 2), torch.zeros(2, 1)), "inputs"),
     "dropout": (nn.Sequential(nn.Linear(3, 3), nn.Dropout()), (torch.zeros(2, 3),), "parameters"),
+    "cond": (Gated(), (torch.zeros(2, 3),), "parameters"),
 }
 
 

@@ -7,7 +7,7 @@ u'(Jv) = (J'u)'v for random u, together with central differences.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,36 @@ import fwdcompile
 from fwdcompile.program import is_differentiable
 
 Outputs = tuple[Tensor, ...]
+
+# Entries of which some samples are refused, with the words of the user's error that say why.
+REFUSED: dict[str, str] = {
+    "cov": "decides in Python by the value of a tensor",
+    "combinations": "cannot be captured",
+    "corrcoef": "decides in Python by the value of a tensor",
+    "narrow": "cannot be captured",
+    "nn_functional_gaussian_nll_loss": "decides in Python by the value of a tensor",
+    "sparse_mm_reduce": "to_dense",
+    "sparse_sampled_addmm": "to_dense",
+    "tensor_split": "decides in Python by the value of a tensor",
+    "to_sparse": "sparse layouts",
+}
+# Entries that torch itself differentiates wrongly, forward; the oracle is a central difference.
+DIFFERENCE: dict[str, str] = {
+    "cholesky_inverse": "wrong by 1e-5",
+    "logcumsumexp": "wrong by 1e-6",
+    "nn_functional_cross_entropy": "drops the tangent of the classes' weights",
+    "nn_functional_linear_cross_entropy": "drops the tangent of the classes' weights",
+    "nn_functional_linear_cross_entropy_chunked": "zero",
+    "nn_functional_linear_cross_entropy_chunked_none": "zero",
+    "nn_functional_nll_loss": "drops the tangent of the classes' weights",
+    "nn_functional_ctc_loss": "reverse mode is right behind log_softmax alone",
+    "native_layer_norm": "the saved statistics get none",
+    "native_batch_norm": "the saved statistics get none",
+    "_native_batch_norm_legit": "the saved statistics get none",
+    "linalg_lstsq": "singular values get none",
+}
+# Tolerances, relative and absolute, of entries whose samples are badly conditioned.
+TOLERANCES: dict[str, tuple[float, float]] = {}
 
 
 @dataclass(frozen=True)
@@ -46,6 +76,11 @@ def entries() -> dict[str, Any]:
     return {entry.formatted_name: entry for entry in found}
 
 
+def every(names: Iterable[str], count: int) -> list[str]:
+    """One of each `count` names, for what would take too long for all of them."""
+    return list(names)[::count]
+
+
 def cases(
     entry: Any, dtype: torch.dtype = torch.float64, variant: str = "", limit: int | None = None
 ) -> list[Case]:
@@ -58,21 +93,13 @@ def cases(
         limit: how many at most.
     """
     torch.manual_seed(0)
-    samples = [s for s in entry.sample_inputs("cpu", dtype, requires_grad=True) if _has(s, variant)]
+    samples = list(entry.sample_inputs("cpu", dtype, requires_grad=True))
+    if variant == "inplace":
+        samples = [sample for sample in samples if not sample.broadcasts_input]
     if limit is not None and len(samples) > limit:
         chosen = random.Random(entry.formatted_name).sample(range(len(samples)), limit)
         samples = [samples[i] for i in sorted(chosen)]
     return [case for sample in samples for case in _case(entry, sample, variant)]
-
-
-def _has(sample: Any, variant: str) -> bool:
-    strided = all(x.layout == torch.strided for x in _tensors(sample))
-    return strided and not (variant == "inplace" and sample.broadcasts_input)
-
-
-def _tensors(sample: Any) -> list[Tensor]:
-    leaves = pytree.tree_leaves((sample.input, sample.args, sample.kwargs))
-    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
 
 def _case(entry: Any, sample: Any, variant: str) -> Iterator[Case]:
@@ -154,7 +181,7 @@ def _assert_close(mine: list[Tensor], theirs: list[Tensor], rtol: float, atol: f
 
 
 def _seeded(function: Callable[[], Any]) -> Any:
-    torch.manual_seed(2)
+    torch.manual_seed(42)  # as the entries do that seed inside, which capture does not see
     return function()
 
 
@@ -196,9 +223,11 @@ def _check_reverse(
     if not pairs:
         assert all(not d.any() for d in mine)
         return
-    grads = torch.autograd.grad(*zip(*pairs, strict=True), primals, None, allow_unused=True)
+    reached, weights = zip(*pairs, strict=True)
+    grads = torch.autograd.grad(reached, primals, weights, allow_unused=True)
     theirs = [_inner(g, d) for g, d in zip(grads, dots.values(), strict=True) if g is not None]
-    ours = sum(_inner(w, d) for w, d in zip(u, mine, strict=True))
+    mixed = zip(outs, u, mine, strict=True)
+    ours = sum(_inner(w, d) for x, w, d in mixed if x.requires_grad)
     torch.testing.assert_close(ours, sum(theirs), rtol=rtol, atol=atol, equal_nan=True)
 
 

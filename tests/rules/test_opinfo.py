@@ -1,0 +1,55 @@
+"""The whole operator database of torch: what the generated programs compute for its samples."""
+
+from __future__ import annotations
+
+import opinfo
+import pytest
+import torch
+from opinfo import DIFFERENCE, REFUSED, TOLERANCES
+
+import fwdcompile
+
+ENTRIES = opinfo.entries()
+SOME, ALL = 2, None
+DTYPES = {torch.float32: (2e-4, 2e-4), torch.bfloat16: (6e-2, 6e-2), torch.complex128: (1e-8, 1e-8)}
+
+
+def _check(name: str, limit: int | None, variant: str = "") -> int:
+    """Checks samples; returns how many are refused, with the words that `REFUSED` promises."""
+    refused = 0
+    for case in opinfo.cases(ENTRIES[name], variant=variant, limit=limit):
+        oracle = "difference" if name in DIFFERENCE else "jvp"
+        try:
+            if case.active:
+                opinfo.check(case, *TOLERANCES.get(name, (1e-8, 1e-8)), oracle)
+        except fwdcompile.FwdcompileError as error:
+            if REFUSED.get(name, "no such entry") not in str(error):
+                raise
+            refused += 1
+    return refused
+
+
+@pytest.mark.parametrize("name", ENTRIES)
+def test_samples(name: str) -> None:
+    _check(name, SOME)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ENTRIES)
+def test_all_samples(name: str) -> None:
+    assert bool(_check(name, ALL)) == (name in REFUSED)
+
+
+@pytest.mark.parametrize("variant", ["inplace", "out"])
+@pytest.mark.parametrize("name", opinfo.every(ENTRIES, 8))
+def test_variants(name: str, variant: str) -> None:
+    _check(name, 1, variant)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", opinfo.every(ENTRIES, 8))
+def test_dtypes(name: str, dtype: torch.dtype) -> None:
+    entry = ENTRIES[name]
+    if name not in REFUSED and dtype in entry.supported_backward_dtypes("cpu"):
+        for case in opinfo.cases(entry, dtype, limit=1):
+            opinfo.check(case, *DTYPES[dtype])
