@@ -130,9 +130,6 @@ torch.clamp({x}, min={c})
 torch.floor({x})
 torch.round({x})
 torch.sign({x})
-torch.frac({x})
-{x} % 1.3
-torch.fmod({x}, 0.7)
 torch.div({x}, 0.7, rounding_mode="floor")
 torch.nan_to_num({x})
 {x}.detach()
@@ -140,6 +137,17 @@ torch.nan_to_num({x})
 {x}.to(torch.complex128).exp().real
 torch.ones_like({x}) * {x}
 """.strip().splitlines()),
+    # torch lends these results the tangent of their operand, which writing to them would change
+    *map(
+        Op,
+        (
+            "torch.frac({x}) * {c}",
+            "({x} % 1.3) * {c}",
+            "torch.fmod({x}, 0.7) * {c}",
+            "torch.remainder({x}, {y}.abs() + 0.5) * {c}",
+            "torch.fmod({x}, {y}.abs() + 0.5) * {c}",
+        ),
+    ),
     Op("{x}.float().double()", tolerance=1e-5),
     # torch rounds its slope, 1 / 6, to float32
     Op("F.hardsigmoid({x})", second_order=False, tolerance=1e-6),
@@ -165,8 +173,6 @@ torch.logaddexp({x}, {y})
 torch.logaddexp2({x}, {y})
 torch.xlogy({x}, {y}.abs() + 0.5)
 torch.copysign({x}, {y} + 0.1)
-torch.remainder({x}, {y}.abs() + 0.5)
-torch.fmod({x}, {y}.abs() + 0.5)
 ({x}.abs() + 0.5) ** {y}
 torch.lerp({x}, {y}, {c})
 torch.lerp({x}, {y}, torch.sigmoid({y}))

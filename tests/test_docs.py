@@ -6,6 +6,11 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
+
+import torch
+
+import fwdcompile
 
 ROOT = Path(__file__).parents[1]
 
@@ -36,3 +41,25 @@ def test_walkthrough_shows_the_golden_program() -> None:
     body, table = blocks("docs/walkthrough.md")[-2:]
     assert body.strip() in golden
     assert table.strip() in golden
+
+
+def test_rules_page_quotes_rows_of_the_table() -> None:
+    table = "".join(path.read_text() for path in (ROOT / "rules").glob("*.py"))
+    *rows, _own, _test = blocks("docs/rules.md")
+    assert len(rows) == 7
+    for row in rows:
+        assert _dense(row).removesuffix(")") in _dense(table), row
+
+
+def test_rules_page_gives_a_custom_op_its_row() -> None:
+    names: dict[str, Any] = {}
+    exec(blocks("docs/rules.md")[-2], names)
+    _, expected = torch.func.jvp(
+        lambda x: x * torch.sigmoid(1.5 * x), (names["x"],), (names["x_dot"],)
+    )
+    torch.testing.assert_close(names["y_dot"], expected)
+    del fwdcompile.rule.table[torch.ops.mine.swish.default]
+
+
+def _dense(text: str) -> str:
+    return re.sub(r"\s", "", text)
