@@ -85,8 +85,8 @@ def refuse_autograd_functions() -> Iterator[None]:
 def _refused(function: type, frame: traceback.FrameSummary | None) -> CaptureError:
     where = f"{frame.filename}:{frame.lineno}: {frame.line}" if frame else "unknown line"
     return CaptureError(
-        f"{where}\n  {function.__qualname__} is a torch.autograd.Function: capture would inline its "
-        "forward and drop its own derivative.\n  Write it as plain torch ops, or make it a "
+        f"{where}\n  {function.__qualname__} is a torch.autograd.Function: capture would inline "
+        "its forward and drop its own derivative.\n  Write it as plain torch ops, or make it a "
         "torch.library.custom_op and give that op a row with fwdcompile.rule.jvp."
     )
 
@@ -97,8 +97,9 @@ def explain(error: Exception) -> str:
     where = f"{frame.filename}:{frame.lineno}: {frame.line}\n  " if frame else ""
     text = _first_line(str(error))
     if "data-dependent" in text.lower() or "DataDependent" in type(error).__name__:
+        what, *_ = text.split(". Hint:")
         return (
-            f"{where}The model decides in Python by the value of a tensor ({text.split('. Hint:')[0]}).\n  A program "
+            f"{where}The model decides in Python by the value of a tensor ({what}).\n  A program "
             "has one path for all values: use torch.where or torch.cond, or move the decision out "
             "of the model."
         )

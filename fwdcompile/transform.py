@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 
 from . import rule
 from .directions import RankOne
+from .dual import dual
 from .errors import MissingRuleError, RuleError, TangentError
 from .program import (
     Kind,
@@ -33,7 +34,7 @@ from .program import (
     value,
 )
 from .rule import Rule
-from .subgraph import CONVENTIONS, dual, operands_of
+from .subgraph import CONVENTIONS, operands_of
 from .trace import Recorder, bind_call, caller, fake_mode
 
 aten = torch.ops.aten
@@ -324,7 +325,9 @@ class _Transform:
 
     def _zeros(self, node: fx.Node) -> fx.Node:
         with self.recorder.active():
-            zeros = self.recorder.node(aten.zeros_like.default(self.recorder.fake(self.primals[node])))
+            zeros = self.recorder.node(
+                aten.zeros_like.default(self.recorder.fake(self.primals[node]))
+            )
         zeros.meta |= {"role": "tangent", "of": node.name, "direction": 0, "absent": True}
         return zeros
 
