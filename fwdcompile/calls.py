@@ -22,7 +22,8 @@ def merge_operands(node: fx.Node) -> None:
 
     What is carried from round to round stays apart.
     """
-    groups, first = operands_of(node), {}
+    groups = operands_of(node)
+    first: dict[Any, int] = {}
     places = [(k, arg) for k, group in enumerate(groups) for arg in group]
     for i, key in enumerate(places):
         j = first.setdefault(key, i) if i >= _carried(node) else i
@@ -126,7 +127,7 @@ def _clone(source: fx.Node, like: Any, before: fx.Node) -> fx.Node:
     if _differs(source, like):
         layouts = (torch.contiguous_format, torch.channels_last, torch.channels_last_3d)
         layout = next((f for f in layouts if _has_layout(like, f)), layout)
-    options = {} if layout is torch.preserve_format else {"memory_format": layout}
+    options: dict[str, Any] = {} if layout is torch.preserve_format else {"memory_format": layout}
     graph = source.graph
     with graph.inserting_before(before):
         clone = graph.call_function(_aten.clone.default, (source,), options)

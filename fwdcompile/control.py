@@ -19,7 +19,8 @@ def _cond(
 ) -> tuple[torch.Tensor, ...]:
     """Calls one of two functions: torch.cond where compiled, else a plain if."""
     if torch.compiler.is_compiling():
-        return torch.cond(predicate, true, false, operands)
+        results: tuple[torch.Tensor, ...] = torch.cond(predicate, true, false, operands)
+        return results
     return true(*operands) if predicate else false(*operands)
 
 
@@ -32,9 +33,10 @@ def _while_loop(
     """Replaces what is carried by the body's results for as long as the condition holds."""
     values = tuple(carried)
     if torch.compiler.is_compiling():
-        return torch.ops.higher_order.while_loop(
+        results: tuple[torch.Tensor, ...] = torch.ops.higher_order.while_loop(
             lambda *args: condition(*args)[0], body, values, tuple(fixed)
         )
+        return results
     while condition(*values, *fixed)[0]:
         values = body(*values, *fixed)
     return values
@@ -73,6 +75,7 @@ def _map(
 ) -> tuple[torch.Tensor, ...]:
     """Calls the body on each slice of the first dimension and stacks its results."""
     if torch.compiler.is_compiling():
-        return torch.ops.higher_order.map_impl(body, sliced, fixed)
+        stacked: tuple[torch.Tensor, ...] = torch.ops.higher_order.map_impl(body, sliced, fixed)
+        return stacked
     rows = [body(*slices, *fixed) for slices in zip(*sliced, strict=True)]
     return tuple(map(torch.stack, zip(*rows, strict=True)))

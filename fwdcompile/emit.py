@@ -82,7 +82,8 @@ def emit(program: Program, passes: Sequence[str] = ()) -> str:
         passes: names of the passes taken, for the header.
 
     Returns:
-        Source text that imports nothing but torch.
+        Source text that imports nothing but torch. Programs that higher-order ops call are
+        functions in front of `forward`.
     """
     names = function_names(program.graph)
     lines = [

@@ -108,10 +108,11 @@ def explain(error: Exception) -> str:
     where = f"{frame.filename}:{frame.lineno}: {frame.line}\n  " if frame else ""
     text = _first_line(str(error))
     if "data-dependent" in text.lower() or "DataDependent" in type(error).__name__:
+        what, *_ = text.split(". Hint:")
         return (
-            f"{where}The model decides in Python by the value of a tensor "
-            f"({text.split('. Hint:')[0]}).\n  A program has one path for all values: use "
-            "torch.where or torch.cond, or move the decision out of the model."
+            f"{where}The model decides in Python by the value of a tensor ({what}).\n  A program "
+            "has one path for all values: use torch.where or torch.cond, or move the decision out "
+            "of the model."
         )
     if "FunctionalTensor on its own" in text:
         return (

@@ -90,7 +90,8 @@ class Program:
 
 def programs_of(node: fx.Node) -> list[Program]:
     """The programs that a higher-order op calls; no other node has any."""
-    return [arg for arg in node.args if isinstance(arg, Program)]
+    args: tuple[Any, ...] = node.args
+    return [arg for arg in args if isinstance(arg, Program)]
 
 
 def graphs(graph: fx.Graph) -> Iterator[fx.Graph]:

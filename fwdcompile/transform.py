@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 
 from . import rule
 from .directions import RankOne
+from .dual import dual
 from .errors import MissingRuleError, RuleError, TangentError
 from .program import (
     Kind,
@@ -34,7 +35,7 @@ from .program import (
 )
 from .rule import Rule
 from .sizes import same_shape, unify
-from .subgraph import CONVENTIONS, dual, operands_of
+from .subgraph import CONVENTIONS, operands_of
 from .trace import Recorder, bind_call, caller, fake_mode
 
 aten = torch.ops.aten

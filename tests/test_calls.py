@@ -102,7 +102,7 @@ def test_expanded_tangents_are_written_out() -> None:
 
     fwd = fwdcompile.transform(model, passes=())
     x = torch.ones(2, 3)
-    y, y_dot = fwd(x, tangents={"x": x})
+    _, y_dot = fwd(x, tangents={"x": x})
     torch.testing.assert_close(y_dot, torch.full((2, 3), 3.0))
     for program in programs_of(call(fwd.program)):
         assert all(n.meta["val"].is_contiguous() for n in output_nodes(program.graph))
@@ -124,7 +124,5 @@ def test_a_copy_has_programs_of_its_own() -> None:
     program = capture(two, (torch.ones(2, 2), torch.ones(2, 2)), {})
     copy = program.copy()
     dce(copy.graph)
-    for mine, theirs in zip(
-        programs_of(call(copy)), programs_of(call(program)), strict=True
-    ):
+    for mine, theirs in zip(programs_of(call(copy)), programs_of(call(program)), strict=True):
         assert mine.graph is not theirs.graph

@@ -18,6 +18,13 @@ from fwdcompile import control
 F = torch.nn.functional
 
 
+@pytest.fixture(autouse=True)
+def _float64() -> Any:
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
 def test_the_plain_statements_compute_what_the_ops_compute() -> None:
     x, w = torch.randn(4, 3), torch.randn(3)
 
@@ -53,7 +60,9 @@ def test_a_compiled_step_is_the_eager_one() -> None:
 
 
 @pytest.mark.compiled
-@pytest.mark.parametrize("name", ["one", "nested", "rnn", "newton"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("one", marks=pytest.mark.slow), "nested", "rnn", "newton"]
+)
 def test_programs_compile_as_one_graph(name: str) -> None:
     model, plain = getattr(test_subgraph, name), getattr(test_subgraph, f"{name}_plain")
     x = torch.rand(4, 2, 3) if name == "rnn" else torch.rand(3, 3) + 1

@@ -20,7 +20,8 @@ def _cond(
 ) -> tuple[torch.Tensor, ...]:
     """Calls one of two functions: torch.cond where compiled, else a plain if."""
     if torch.compiler.is_compiling():
-        return torch.cond(predicate, true, false, operands)
+        results: tuple[torch.Tensor, ...] = torch.cond(predicate, true, false, operands)
+        return results
     return true(*operands) if predicate else false(*operands)
 
 
