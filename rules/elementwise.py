@@ -285,9 +285,6 @@ def where(d: dict[str, Tensor], condition: Tensor) -> Tensor:
 for _op in (
     aten._to_copy.default,
     aten.clone.default,
-    aten.lift.default,
-    aten.lift_fresh.default,
-    aten.lift_fresh_copy.default,
     aten.alias_copy.default,
     aten.alias.default,
 ):

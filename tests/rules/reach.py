@@ -92,7 +92,9 @@ def differentiable(row: rule.Rule, arguments: Arguments) -> tuple[int, ...]:
     )
 
 
-def check_row(row: rule.Rule, arguments: Arguments, oracle: str = "jvp", second: bool = True) -> None:
+def check_row(
+    row: rule.Rule, arguments: Arguments, oracle: str = "jvp", second: bool = True
+) -> None:
     """Checks a row on arguments; where torch has no forward derivative, by differences."""
     args, kwargs = arguments
     wrt = differentiable(row, arguments)

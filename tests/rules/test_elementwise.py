@@ -162,8 +162,7 @@ CHOICES = [
 ]
 
 COPIES = [
-    *((getattr(aten, name).default, (X,), {}) for name in ("clone", "lift", "alias", "alias_copy")),
-    (aten.lift_fresh_copy.default, (X,), {}),
+    *((getattr(aten, name).default, (X,), {}) for name in ("clone", "alias", "alias_copy")),
     (aten.clone.default, (X.t(),), {"memory_format": torch.contiguous_format}),
     (aten._to_copy.default, (X,), {"dtype": torch.complex128}),
     (aten.fill.Tensor, (X, SCALAR), {}),

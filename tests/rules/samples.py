@@ -1,0 +1,70 @@
+"""Arguments for the rows that no entry of torch's operator database reaches.
+
+Most stand in the lists of the test files beside this one, as (op, args) or (op, args, kwargs), and
+are checked there. `OTHERS` has those of rows whose tests are functions of their own.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+from torch.utils import _pytree as pytree
+
+aten = torch.ops.aten
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def _t(*shape: int, seed: int = 1) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+X, Y = _t(3, 4), _t(3, 4, seed=2)
+
+OTHERS: list[tuple[Any, ...]] = [
+    (aten.gelu_backward.default, (X, Y)),
+    (aten.detach.default, (X,)),
+    (aten.detach_copy.default, (X,)),
+    (aten.copy.default, (X, Y)),
+    (aten.new_empty_strided.default, (X, [3, 4], [4, 1])),
+    (aten.as_strided_copy.default, (X, [2, 2], [1, 1])),
+    (aten.view.dtype, (X, torch.int64)),
+    (aten.view_copy.dtype, (X, torch.int64)),
+    (aten.remainder.Scalar_Tensor, (2.3, X)),
+    (aten._neg_view.default, (X,)),
+    (aten._standard_gamma.default, (X.exp(),)),
+    (aten.rrelu_with_noise_functional.default, (X, X, 0.1, 0.4, True)),
+    (aten._embedding_bag_forward_only.default, (X, torch.tensor([1, 0]), torch.tensor([0]))),
+]
+
+
+def samples() -> dict[str, Arguments]:
+    """The first sample of each op that the test files or `OTHERS` have one of."""
+    found: dict[str, Arguments] = {}
+    for op, args, *kwargs in [*_listed(), *OTHERS]:
+        found.setdefault(str(op), (args, *kwargs) if kwargs else (args, {}))
+    return found
+
+
+def _listed() -> Iterator[tuple[Any, ...]]:
+    for path in sorted(Path(__file__).parent.glob("test_*.py")):
+        if path.stem not in ("test_table", "test_opinfo"):
+            for value in vars(importlib.import_module(path.stem)).values():
+                if isinstance(value, list):
+                    yield from (item for item in value if _is_sample(item))
+
+
+def _is_sample(item: Any) -> bool:
+    return (
+        isinstance(item, tuple)
+        and len(item) in (2, 3)
+        and isinstance(item[0], OpOverload)
+        and isinstance(item[1], tuple)
+        and any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(item[1]))
+    )
