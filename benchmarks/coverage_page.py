@@ -63,7 +63,8 @@ def page() -> str:
     head = [
         "# The rule table",
         "",
-        f"{len(rows)} rows ({counts}) in {lines} lines of `rules/`. `make coverage` writes this page.",
+        f"{len(rows)} rows ({counts}) in {lines} lines of `rules/`.",
+        "`make coverage` writes this page.",
         "Entries are those of torch's operator database whose samples reach the row; a row without",
         "one has a sample in `tests/rules/`.",
         "",
