@@ -23,6 +23,8 @@ SAMPLES = {op: sample for op, sample in samples().items() if op not in REACHED}
 
 # Rows that capture takes apart, and why the table has them.
 LOWERED = {
+    "aten.hardshrink.default": "torch lowers it in export",
+    "aten.softshrink.default": "torch lowers it in export",
     "aten.reshape.default": "terms of other rows are written with it",
     "aten.upsample_bilinear2d.default": "torch lowers it in export; interpolate calls the .vec",
     "aten.upsample_bicubic2d.default": "torch lowers it in export; interpolate calls the .vec",
