@@ -11,7 +11,7 @@ WORKERS ?= 2
 BENCH_ARGS ?=
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-all lint golden bench bench-memory bench-attention clean
+.PHONY: demo test test-all lint golden bench bench-memory bench-attention clean coverage
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -38,6 +38,9 @@ lint: .venv/installed
 
 golden: .venv/installed
 	$(BIN)/python -m pytest tests/test_golden.py --regenerate-golden -p no:xdist
+
+coverage: .venv/installed
+	$(BIN)/python benchmarks/coverage_page.py
 
 bench: export OMP_NUM_THREADS = 2
 # glibc keeps what a step frees: handing it back costs 18,752 page faults a step of the CNN

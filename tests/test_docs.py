@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from coverage_page import page
 
 import fwdcompile
 
@@ -59,6 +60,14 @@ def test_rules_page_gives_a_custom_op_its_row() -> None:
     )
     torch.testing.assert_close(names["y_dot"], expected)
     del fwdcompile.rule.table[torch.ops.mine.swish.default]
+
+
+def test_coverage_page_has_the_rows_of_the_table() -> None:
+    def ends(page: str) -> list[str]:
+        rows = [line.split(" | ") for line in page.splitlines() if line.startswith("| aten.")]
+        return [" ".join((row[0], row[1], row[-2].split(":")[0])) for row in rows]
+
+    assert ends((ROOT / "docs/coverage.md").read_text()) == ends(page()), "run `make coverage`"
 
 
 def _dense(text: str) -> str:

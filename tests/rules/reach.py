@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from check import check
 from opinfo import cases, entries
+from samples import samples
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
@@ -194,7 +195,7 @@ def _update(known: dict[str, Any], names: list[str]) -> dict[str, list[list[Any]
 def main(names: list[str]) -> None:
     """Scans entries, chooses samples, writes reach.json, prints the rows that lack one."""
     warnings.simplefilter("ignore")
-    table = rows()
+    table, listed = rows(), samples()
     known = committed() if names else {op: {**r, "entries": []} for op, r in committed().items()}
     candidates = _update(known, names or list(all_entries()))
     for op, row in table.items():
@@ -203,8 +204,8 @@ def main(names: list[str]) -> None:
             known[op]["sample"], failure = choose(row, candidates[op])
             if failure:
                 print(f"{op} ({row.where}): {failure[:400]}", flush=True)
-        elif not known.get(op, {}).get("entries"):
-            print(f"{op} ({row.where}): no entry reaches it", flush=True)
+        elif not names and op not in listed:
+            print(f"{op} ({row.where}): no entry reaches it, and no sample is listed", flush=True)
     known = {op: known[op] for op in table if known.get(op, {}).get("entries")}
     lines = [f" {json.dumps(op)}: {json.dumps(row)}" for op, row in known.items()]
     PAGE.write_text("{\n" + ",\n".join(lines) + "\n}\n")

@@ -27,6 +27,9 @@ def _t(*shape: int, seed: int = 1) -> Tensor:
 
 X, Y = _t(3, 4), _t(3, 4, seed=2)
 
+# A tangent of one entry alone is none of a symmetric matrix; test_factorization.py mirrors it.
+SYMMETRIC = (aten.cholesky, aten.linalg_cholesky, aten.linalg_cholesky_ex, aten._linalg_eigh)
+
 OTHERS: list[tuple[Any, ...]] = [
     (aten.gelu_backward.default, (X, Y)),
     (aten.detach.default, (X,)),
@@ -40,6 +43,13 @@ OTHERS: list[tuple[Any, ...]] = [
     (aten._neg_view.default, (X,)),
     (aten._standard_gamma.default, (X.exp(),)),
     (aten.rrelu_with_noise_functional.default, (X, X, 0.1, 0.4, True)),
+    (aten.hardshrink.default, (X,)),
+    (aten.softshrink.default, (X,)),
+    (aten.igamma.default, (X.exp(), Y.exp())),
+    (aten.igammac.default, (X.exp(), Y.exp())),
+    (aten.special_zeta.default, (X.exp() + 1, Y.exp())),
+    *((op.default, (X @ X.T,)) for op in SYMMETRIC),
+    (aten._embedding_bag.default, (X, torch.tensor([1, 0]), torch.tensor([0]))),
     (aten._embedding_bag_forward_only.default, (X, torch.tensor([1, 0]), torch.tensor([0]))),
 ]
 
