@@ -20,6 +20,7 @@ from torch.export.graph_signature import (
 from torch.utils import _pytree as pytree
 
 from . import rule
+from .checks import without_value_checks
 from .errors import CaptureError
 from .hazards import (
     explain,
@@ -40,6 +41,9 @@ from .parts import (
 from .program import OutSpec, Program, Slot, identifier, op_name, rename
 
 _ROOT = "_model_"
+
+# Recurrent layers keep a list of their parameters, which export puts its own into and back.
+_WEIGHTS_OF_RNN = r"The tensor attributes? (self[\w.]*\._flat_weights\[\d+\](, )?)+ w"
 
 _INPUT_KINDS: Mapping[InputKind, Any] = {
     InputKind.PARAMETER: "parameter",
@@ -128,8 +132,10 @@ def _export(root: Root, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Export
             stack.enter_context(warnings.catch_warnings())
             warnings.simplefilter("ignore", FutureWarning)
             warnings.simplefilter("ignore", DeprecationWarning)
+            warnings.filterwarnings("ignore", _WEIGHTS_OF_RNN, UserWarning)
             stack.enter_context(user_source_lines())
             stack.enter_context(refuse_autograd_functions())
+            stack.enter_context(without_value_checks())
             exported = torch.export.export(root, args, kwargs, strict=False)
             refuse_hidden_writes(exported)
             lowering = default_decompositions()
