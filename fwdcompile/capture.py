@@ -21,6 +21,7 @@ from torch.fx.traceback import preserve_node_meta
 from torch.utils import _pytree as pytree
 
 from . import rule
+from .checks import without_value_checks
 from .errors import CaptureError
 from .hazards import (
     explain,
@@ -44,6 +45,9 @@ from .sizes import Sym, open_first, thaw
 from .subgraph import adopt
 
 _ROOT = "_model_"
+
+# Recurrent layers keep a list of their parameters, which export puts its own into and back.
+_WEIGHTS_OF_RNN = r"The tensor attributes? (self[\w.]*\._flat_weights\[\d+\](, )?)+ w"
 
 _INPUT_KINDS: Mapping[InputKind, Any] = {
     InputKind.PARAMETER: "parameter",
@@ -131,8 +135,10 @@ def _export(
             stack.enter_context(warnings.catch_warnings())
             warnings.simplefilter("ignore", FutureWarning)
             warnings.simplefilter("ignore", DeprecationWarning)
+            warnings.filterwarnings("ignore", _WEIGHTS_OF_RNN, UserWarning)
             stack.enter_context(user_source_lines())
             stack.enter_context(refuse_autograd_functions())
+            stack.enter_context(without_value_checks())
             stack.enter_context(known_shapes())
             shapes = open_first(args, kwargs) if dynamic else None
             with preserve_node_meta():  # the source lines in the branches of a torch.cond

@@ -10,7 +10,7 @@ from opinfo import DIFFERENCE, REFUSED, TOLERANCES
 import fwdcompile
 
 ENTRIES = opinfo.entries()
-SOME, ALL = 2, None
+SOME, ALL = 1, None
 DTYPES = {torch.float32: (2e-4, 2e-4), torch.bfloat16: (6e-2, 6e-2), torch.complex128: (1e-8, 1e-8)}
 
 

@@ -1,0 +1,41 @@
+"""Checks in torch.nn that read a tensor's values, which a captured program cannot do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.nn.modules import transformer
+
+_gaussian_nll_loss = functional.gaussian_nll_loss
+
+
+@contextmanager
+def without_value_checks() -> Iterator[None]:
+    """Leaves out two checks while a model is captured; what they guard is computed all the same.
+
+    `nn.Transformer` and its parts ask whether a mask is causal, to choose a faster kernel: the
+    program applies the mask as it is. `nn.GaussianNLLLoss` asks whether a variance is negative:
+    the program takes it for `eps`, as the loss does with what is below it.
+    """
+    with ExitStack() as stack:
+        for owner, name, instead in (
+            (transformer, "_detect_is_causal_mask", _is_causal),
+            (functional, "gaussian_nll_loss", _unchecked),
+        ):
+            stack.enter_context(mock.patch.object(owner, name, instead))
+        yield
+
+
+def _is_causal(mask: Tensor | None, is_causal: bool | None = None, size: int | None = None) -> bool:
+    return bool(is_causal)
+
+
+def _unchecked(*args: Any, **kwargs: Any) -> Tensor:
+    with mock.patch.object(torch, "any", return_value=False):
+        return _gaussian_nll_loss(*args, **kwargs)
