@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 
 import fwdcompile.rules  # noqa: F401  (fills the table)
+
 from fwdcompile import rule
 
 ROOT = Path(__file__).parents[1]

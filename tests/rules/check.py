@@ -6,13 +6,13 @@ import operator
 from collections.abc import Iterator
 from typing import Any
 
+import fwdcompile.rules  # noqa: F401  (fills the table)
 import torch
 from torch import Tensor, fx
 from torch._ops import OpOverload
 from torch._subclasses import FakeTensorMode
 from torch.utils import _pytree as pytree
 
-import fwdcompile.rules  # noqa: F401  (fills the table)
 from fwdcompile.program import OutSpec, Program, Slot, is_differentiable
 from fwdcompile.simplify import simplify
 from fwdcompile.transform import as_primal, transform

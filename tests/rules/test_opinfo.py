@@ -9,6 +9,9 @@ from opinfo import DIFFERENCE, REFUSED, TOLERANCES
 
 import fwdcompile
 
+# some samples call what torch has deprecated, or has in beta
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+
 ENTRIES = opinfo.entries()
 SOME, ALL = 1, None
 DTYPES = {torch.float32: (2e-4, 2e-4), torch.bfloat16: (6e-2, 6e-2), torch.complex128: (1e-8, 1e-8)}

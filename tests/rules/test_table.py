@@ -9,14 +9,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import fwdcompile.rules as family
 import pytest
 from reach import UNCHECKED, check_row, committed, of_sample, rows
 from samples import samples
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-import fwdcompile.rules as family
 from fwdcompile.capture import capture
+
+pytestmark = pytest.mark.slow
 
 REACHED = {op: entry["sample"] for op, entry in committed().items() if entry["sample"]}
 SAMPLES = {op: sample for op, sample in samples().items() if op not in REACHED}
