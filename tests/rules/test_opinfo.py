@@ -5,7 +5,7 @@ from __future__ import annotations
 import opinfo
 import pytest
 import torch
-from opinfo import DIFFERENCE, REFUSED, TOLERANCES
+from opinfo import DIFFERENCE, REFUSED, REVERSE, TOLERANCES
 
 import fwdcompile
 
@@ -21,7 +21,7 @@ def _check(name: str, limit: int | None, variant: str = "") -> int:
     """Checks samples; returns how many are refused, with the words that `REFUSED` promises."""
     refused = 0
     for case in opinfo.cases(ENTRIES[name], variant=variant, limit=limit):
-        oracle = "difference" if name in DIFFERENCE else "jvp"
+        oracle = "difference" if name in DIFFERENCE else "reverse" if name in REVERSE else "jvp"
         try:
             if case.active:
                 opinfo.check(case, *TOLERANCES.get(name, (1e-8, 1e-8)), oracle)
