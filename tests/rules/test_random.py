@@ -101,9 +101,8 @@ def test_alpha_dropout(function: Callable[..., Tensor]) -> None:
 @pytest.mark.parametrize(("op", "args", "kwargs"), SAMPLES)
 def test_samples_have_no_tangent(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     tensors = [x for x in args if isinstance(x, Tensor)]
-    torch.manual_seed(5)
+    torch.manual_seed(0)  # as `run` of check.py does
     reference = op(*args, **kwargs)
-    torch.manual_seed(5)
     (out,), (out_dot,) = jvp_by_rule(op, args, kwargs, dict(enumerate(tensors)))
     torch.testing.assert_close(out, reference, rtol=0, atol=0)
     assert out_dot is not None
