@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import RuleError
-from ..rule import joint, jvp, linear
+from ..rule import jvp, linear
 
 aten = torch.ops.aten
 
@@ -54,56 +53,6 @@ jvp(
     self=lambda d, mask: d.masked_fill(mask, 0),
     value=lambda d, mask: torch.where(mask, d, 0),
 )
-
-
-@joint(aten.scatter_reduce.two, wrt=("self", "src"))
-def _scatter_reduce(
-    d: dict[str, Tensor],
-    self: Tensor,
-    dim: int,
-    index: Tensor,
-    src: Tensor,
-    reduce: str,
-    include_self: bool,
-    out: Tensor,
-    call: Callable[..., Any],
-) -> Any:
-    self_dot = d["self"] if "self" in d else torch.zeros_like(self)
-    src_dot = d["src"] if "src" in d else torch.zeros_like(src)
-    if reduce in ("sum", "mean"):
-        return call(self=self_dot, src=src_dot)
-    if reduce == "prod":
-        raise RuleError("reduce='prod' has no row; reduce by 'sum' of logarithms, or torch.prod")
-    of_self = (self == out).to(self.dtype)
-    of_src = (src == out.gather(dim, index)).to(self.dtype)
-    if not include_self:
-        of_self = of_self.scatter(dim, index, 0)
-    # Elements that equal the extremum share the derivative evenly.
-    total = (self_dot * of_self).scatter_add(dim, index, src_dot * of_src)
-    return total / of_self.scatter_add(dim, index, of_src)
-
-
-@joint(aten.index_reduce.default, wrt=("self", "source"))
-def _index_reduce(
-    d: dict[str, Tensor],
-    self: Tensor,
-    dim: int,
-    index: Tensor,
-    source: Tensor,
-    reduce: str,
-    include_self: bool,
-    out: Tensor,
-    call: Callable[..., Any],
-) -> Any:
-    def as_scatter(**changed: Any) -> Any:
-        return call(**{"source" if name == "src" else name: x for name, x in changed.items()})
-
-    dots = {"src" if name == "source" else name: x for name, x in d.items()}
-    shape = [1] * source.ndim
-    if shape:
-        shape[dim] = -1
-    rows = index.view(shape).expand(source.shape)
-    return _scatter_reduce(dots, self, dim, rows, source, reduce, include_self, out, as_scatter)
 
 
 def _bag(

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..rule import joint, jvp
+from ..rule import joint, jvp, lowerings
 
 aten = torch.ops.aten
 Dots = dict[str, Tensor]
@@ -121,6 +121,19 @@ def batch_norm(
             kept = d[name] * (1 - momentum)
             moves[name] = kept if move is None else kept + move
     return out_dot, mean_dot, rstd_dot, moves["running_mean"], moves["running_var"]
+
+
+def _with_update(
+    input: Tensor, weight: Any, bias: Any, running_mean: Tensor, running_var: Tensor,
+    momentum: float, eps: float,
+) -> Any:  # fmt: skip
+    """The same op, with scratch space for a backward pass among its outputs."""
+    statistics = (running_mean, running_var, True, momentum, eps)
+    out = aten._native_batch_norm_legit_functional(input, weight, bias, *statistics)
+    return (*out[:3], input.new_empty(0, dtype=torch.uint8), *out[3:])
+
+
+lowerings[aten._batch_norm_with_update_functional.default] = _with_update
 
 
 @joint(aten._native_batch_norm_legit_no_training.default, wrt=_STATS)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import product
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import RuleError
 from ..rule import jvp, linear
 
 aten = torch.ops.aten
@@ -103,10 +103,17 @@ for _op, _spatial in (
     (aten.adaptive_max_pool1d.default, 1),
     (aten.adaptive_max_pool2d.default, 2),
     (aten.adaptive_max_pool3d.default, 3),
+):
+    jvp(_op, self=lambda d, out, n=_spatial: (_winners(d, out[1], n), None))
+for _op, _spatial in (
     (aten.fractional_max_pool2d.default, 2),
     (aten.fractional_max_pool3d.default, 3),
 ):
-    jvp(_op, self=lambda d, out, n=_spatial: (_winners(d, out[1], n), None))
+    jvp(
+        _op,
+        self=lambda d, out, n=_spatial: (_winners(d, out[1], n), None),
+        random_samples=lambda d: (None, None),
+    )
 
 _NEAREST, _BICUBIC = 1, 2  # interpolation_mode
 _ZEROS, _REFLECTION = 0, 2  # padding_mode
@@ -123,26 +130,24 @@ def _grid_dot(
     padding_mode: int,
     align_corners: bool,
 ) -> Tensor | None:
-    """Sums the pixels at a cell's corners, times the tangents of their weights."""
+    """Sums the pixels around each point, times the tangents of their weights."""
     if interpolation_mode == _NEAREST:
         return None
-    if interpolation_mode == _BICUBIC:
-        raise RuleError("bicubic sampling has no derivative by its grid; use mode='bilinear'")
+    taps = _cubic_taps if interpolation_mode == _BICUBIC else _linear_taps
     sizes = input.shape[:1:-1]  # a grid point begins with x, which is the last dimension
     axes = []
     for i, size in enumerate(sizes):
-        x, x_dot = _pixel(grid[..., i], d[..., i], size, padding_mode, align_corners)
-        axes.append(_taps(x, x_dot, size))
+        scale = (size - 1) / 2 if align_corners else size / 2
+        x, x_dot = grid[..., i] * scale + (size - 1) / 2, d[..., i] * scale
+        axes.append(taps(x, x_dot, size, partial(_padded, size, padding_mode, align_corners)))
     corners = [_corner(input.flatten(2), sizes, taps) for taps in product(*axes)]
     return sum(corners[1:], corners[0]).view(*input.shape[:2], *grid.shape[1:-1])
 
 
-def _pixel(
-    x: Tensor, d: Tensor, size: int, padding_mode: int, align_corners: bool
+def _padded(
+    size: int, padding_mode: int, align_corners: bool, x: Tensor, d: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """A coordinate in [-1, 1] and its tangent, counted in pixels and moved by the padding."""
-    scale = (size - 1) / 2 if align_corners else size / 2
-    x, d = x * scale + (size - 1) / 2, d * scale
+    """A coordinate in pixels and its tangent, moved into the image by the padding."""
     if padding_mode == _REFLECTION:
         low, span = (0.0, size - 1) if align_corners else (-0.5, size)
         if span == 0:
@@ -155,10 +160,29 @@ def _pixel(
     return x, d
 
 
-def _taps(x: Tensor, d: Tensor, size: int) -> tuple[Tap, Tap]:
+def _linear_taps(x: Tensor, d: Tensor, size: int, padded: Callable[..., Any]) -> list[Tap]:
+    x, d = padded(x, d)
     low = x.floor()
     after = x - low
-    return _tap(low, 1 - after, -d, size), _tap(low + 1, after, d, size)
+    return [_tap(low, 1 - after, -d, size), _tap(low + 1, after, d, size)]
+
+
+def _cubic_taps(x: Tensor, d: Tensor, size: int, padded: Callable[..., Any]) -> list[Tap]:
+    """Cubic convolution (Keys 1981) with a = -3/4; each of the four neighbours is padded."""
+    low, a = x.floor(), -0.75
+    taps = []
+    for place in (-1, 0, 1, 2):
+        sign = 1 if place <= 0 else -1
+        far = (x - low - place) * sign
+        if place in (0, 1):
+            weight = ((a + 2) * far - (a + 3)) * far * far + 1
+            slope = (3 * (a + 2) * far - 2 * (a + 3)) * far
+        else:
+            weight = ((a * far - 5 * a) * far + 8 * a) * far - 4 * a
+            slope = (3 * a * far - 10 * a) * far + 8 * a
+        at, _ = padded(low + place, d)
+        taps.append(_tap(at, weight, slope * d * sign, size))
+    return taps
 
 
 def _tap(at: Tensor, weight: Tensor, weight_dot: Tensor, size: int) -> Tap:
@@ -177,6 +201,13 @@ def _corner(pixels: Tensor, sizes: Sequence[int], taps: Sequence[Tap]) -> Tensor
     index = index.flatten(1).unsqueeze(1).expand(-1, pixels.shape[1], -1)
     return pixels.gather(2, index) * weight_dot.flatten(1).unsqueeze(1)
 
+
+# Where an output came from does not move.
+jvp(
+    aten.max_pool2d_with_indices_backward.default,
+    grad_output=lambda d, call: call(grad_output=d),
+    self=lambda d: None,
+)
 
 for _op in (aten.grid_sampler_2d.default, aten.grid_sampler_3d.default):
     jvp(_op, input=lambda d, call: call(input=d), grid=_grid_dot)

@@ -89,7 +89,5 @@ jvp(aten.constant_pad_nd.default, self=lambda d, call: call(self=d, value=0))
 
 for _op in (aten._to_sparse.default, aten._to_sparse.sparse_dim):
     not_implemented(_op, "sparse layouts have no forward mode here; keep the tensor dense")
-for _op in (aten.as_strided.default, aten.as_strided_copy.default):
-    not_implemented(_op, "it reads memory by strides, and a tangent may have others; use views")
 for _op in (aten.view.dtype, aten.view_copy.dtype):
     not_implemented(_op, "it reinterprets bits, which has no derivative; convert with .to(dtype)")

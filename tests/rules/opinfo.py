@@ -23,20 +23,12 @@ Outputs = tuple[Tensor, ...]
 
 # Entries of which some samples are refused, with the words of the user's error that say why.
 REFUSED: dict[str, str] = {
-    "_batch_norm_with_update": "no row in the rule table",
-    "as_strided": "reads memory by strides",
-    "as_strided_copy": "reads memory by strides",
-    "as_strided_partial_views": "reads memory by strides",
-    "as_strided_scatter": "no row in the rule table",
     "cov": "decides in Python by the value of a tensor",
+    "as_strided_partial_views": "lead out of its tensor's own memory",
     "combinations": "cannot be captured",
     "corrcoef": "decides in Python by the value of a tensor",
-    "grid_sampler_2d": "bicubic sampling",
-    "index_reduce_prod": "reduce='prod' has no row",
-    "max_pool2d_with_indices_backward": "no row in the rule table",
     "narrow": "cannot be captured",
     "nextafter": "no row in the rule table",
-    "scatter_reduce_prod": "reduce='prod' has no row",
     "sparse_mm_reduce": "to_dense",
     "sparse_sampled_addmm": "to_dense",
     "tensor_split": "decides in Python by the value of a tensor",
@@ -55,10 +47,15 @@ DIFFERENCE: dict[str, str] = {
     "native_layer_norm": "the saved statistics get none",
     "native_batch_norm": "the saved statistics get none",
     "_native_batch_norm_legit": "the saved statistics get none",
+    "_batch_norm_with_update": "the saved statistics get none",
     "linalg_lstsq": "singular values get none",
+    "scatter_reduce_prod": "zero",
 }
-# Entries whose derivative is a convention of torch, which differences do not show.
-REVERSE: dict[str, str] = {"normal": "a draw does not depend on its mean and deviation"}
+# Entries whose derivative differences do not show.
+REVERSE: dict[str, str] = {
+    "normal": "a draw does not depend on its mean and deviation",
+    "grid_sampler_3d": "so many points that a difference crosses kinks",
+}
 # Tolerances, relative and absolute, of entries whose samples are badly conditioned.
 TOLERANCES: dict[str, tuple[float, float]] = {"linalg_lstsq": (2e-3, 2e-3)}
 
@@ -159,6 +156,12 @@ def _flat(out: Any) -> Outputs:
     return tuple(leaf for leaf in pytree.tree_leaves(out) if isinstance(leaf, Tensor))
 
 
+def directions(case: Case) -> dict[int, Tensor]:
+    """A tangent for each active tensor, by its number."""
+    generator = torch.Generator().manual_seed(1)
+    return {i: _random_like(case.tensors[i], generator) for i in case.active}
+
+
 def check(case: Case, rtol: float, atol: float, oracle: str = "jvp") -> None:
     """Compares the generated program of a case with torch, primal outputs and tangents.
 
@@ -169,13 +172,12 @@ def check(case: Case, rtol: float, atol: float, oracle: str = "jvp") -> None:
         oracle: "jvp" for torch.func.jvp, or for reverse mode where torch has none; "difference"
             where torch's own derivative is wrong; "reverse" for reverse mode alone.
     """
-    generator = torch.Generator().manual_seed(1)
-    dots = {i: _random_like(case.tensors[i], generator) for i in case.active}
+    dots = directions(case)
     tangents = {f"xs.{i}": dot for i, dot in dots.items()}
-    outs, out_dots = _seeded(
+    outs, out_dots = seeded(
         lambda: fwdcompile.transform(case.function)(*case.tensors, tangents=tangents)
     )
-    expected = _seeded(lambda: case.reference(*case.tensors))
+    expected = seeded(lambda: case.reference(*case.tensors))
     torch.testing.assert_close(
         outs, expected, rtol=1e-9 if rtol < 1e-6 else rtol, atol=atol, equal_nan=True
     )
@@ -197,7 +199,8 @@ def _assert_close(mine: list[Tensor], theirs: list[Tensor], rtol: float, atol: f
         torch.testing.assert_close(a, b, rtol=rtol, atol=atol, equal_nan=True)
 
 
-def _seeded(function: Callable[[], Any]) -> Any:
+def seeded(function: Callable[[], Any]) -> Any:
+    """What the function returns, always with the same random numbers."""
     torch.manual_seed(42)  # as the entries do that seed inside, which capture does not see
     return function()
 
@@ -206,7 +209,7 @@ def _random_like(x: Tensor, generator: torch.Generator) -> Tensor:
     return torch.randn(x.shape, dtype=x.dtype, generator=generator)
 
 
-def _along(case: Case, dots: dict[int, Tensor]) -> Callable[..., Outputs]:
+def along(case: Case, dots: dict[int, Tensor]) -> Callable[..., Outputs]:
     """The reference as a function of its active tensors, restricted to differentiable outputs."""
 
     def function(*xs: Tensor) -> Outputs:
@@ -221,8 +224,8 @@ def _along(case: Case, dots: dict[int, Tensor]) -> Callable[..., Outputs]:
 def _torch_jvp(case: Case, dots: dict[int, Tensor]) -> list[Tensor] | None:
     primals = tuple(case.tensors[i] for i in dots)
     try:
-        return _seeded(
-            lambda: list(torch.func.jvp(_along(case, dots), primals, tuple(dots.values()))[1])
+        return seeded(
+            lambda: list(torch.func.jvp(along(case, dots), primals, tuple(dots.values()))[1])
         )
     except (NotImplementedError, RuntimeError):
         return None
@@ -234,7 +237,7 @@ def _check_reverse(
     """u'(Jv) against (J'u)'v, for one random u."""
     primals = [case.tensors[i].detach().requires_grad_() for i in dots]
     try:
-        outs = _seeded(lambda: _along(case, dots)(*primals))
+        outs = seeded(lambda: along(case, dots)(*primals))
     except RuntimeError as error:
         if "not differentiable with respect to" not in str(error):
             raise
@@ -259,10 +262,10 @@ def _inner(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _differences(case: Case, dots: dict[int, Tensor]) -> list[Tensor]:
-    step = 1e-6
+    step = 1e-7  # longer ones turn singular values that are as near as 1e-5
 
     def at(sign: int) -> Outputs:
         moved = [case.tensors[i] + sign * step * d for i, d in dots.items()]
-        return _seeded(lambda: _along(case, dots)(*moved))
+        return seeded(lambda: along(case, dots)(*moved))
 
     return [(a - b) / (2 * step) for a, b in zip(at(1), at(-1), strict=True)]

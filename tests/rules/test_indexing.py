@@ -27,7 +27,6 @@ def _i(*numbers: Any) -> Tensor:
 X, Y, CUBE, SCALAR = _t(3, 4), _t(3, 4, seed=2), _t(2, 3, 4), _t()
 MASK = _t(3, 4, seed=3) > 0
 ROWS, COLUMNS = _i(2, 0, 2), _i([0, 1, 1, 3], [2, 0, 2, 1], [1, 1, 0, 0])
-TIES = torch.tensor([[1.0, 2.0, 2.0], [3.0, 0.0, 3.0]], dtype=torch.float64)
 
 READS: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = [
     (aten.embedding.default, (X, COLUMNS[:, :2] % 3), {}),
@@ -75,20 +74,6 @@ WRITES: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = [
     ),
 ]
 
-REDUCES: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = [
-    *(
-        (aten.scatter_reduce.two, (X, 1, COLUMNS, Y, reduce), {"include_self": include_self})
-        for reduce in ("sum", "mean", "amax", "amin")
-        for include_self in (True, False)
-    ),
-]
-INDEX_REDUCES = [
-    (aten.index_reduce.default, (X, dim, index, source, reduce), {"include_self": include_self})
-    for dim, index, source in ((0, ROWS, Y), (-1, _i(3, 3), Y[:, :2]))
-    for reduce in ("mean", "amax", "amin")
-    for include_self in (True, False)
-]
-
 
 def _name(x: object) -> str:
     return str(x) if isinstance(x, OpOverload) else ""
@@ -102,22 +87,6 @@ def test_reads(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
 @pytest.mark.parametrize(("op", "args", "kwargs"), WRITES, ids=_name)
 def test_writes(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     check(op, *args, **kwargs)
-
-
-@pytest.mark.parametrize(("op", "args", "kwargs"), REDUCES, ids=_name)
-def test_scatter_reduces(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    check(op, *args, **kwargs)
-
-
-@pytest.mark.parametrize(("op", "args", "kwargs"), INDEX_REDUCES, ids=_name)
-def test_index_reduces(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    check(op, *args, oracle="difference", **kwargs)
-
-
-@pytest.mark.parametrize("reduce", ["amax", "amin"])
-def test_ties_of_a_scatter_are_shared_as_in_torch(reduce: str) -> None:
-    index, src = _i([0, 0, 1], [2, 2, 2]), TIES.clone()
-    check(aten.scatter_reduce.two, TIES, 1, index, src, reduce, second=False)
 
 
 BAGS = (_i(1, 2, 2, 0, 1), _i(0, 2, 2))
@@ -136,11 +105,6 @@ def test_embedding_bags_with_an_empty_bag(op: Any, mode: int, padding: int) -> N
 def test_weighted_embedding_bag() -> None:
     args = (X, *BAGS, False, 0, False, _t(5, seed=4))
     check(aten._embedding_bag.default, *args, oracle="difference", wrt=(0, 3))
-
-
-def test_products_are_refused_with_a_way_out() -> None:
-    with pytest.raises(fwdcompile.RuleError, match="prod"):
-        fwdcompile.jvp(lambda x: x.scatter_reduce(1, COLUMNS, x, "prod"), (X,), (Y,))
 
 
 @pytest.mark.parametrize(
@@ -193,7 +157,7 @@ def test_the_tangent_has_its_primals_dtype(dtype: torch.dtype) -> None:
 
 
 def test_every_row_has_a_sample() -> None:
-    tested = {op for op, _, _ in READS + WRITES + REDUCES + INDEX_REDUCES}
+    tested = {op for op, _, _ in READS + WRITES}
     tested |= {aten._embedding_bag.default, aten._embedding_bag_forward_only.default}
     rows = {op for op, row in table.items() if row.where.startswith("rules/indexing.py")}
     by_value = {aten.masked_select.default, aten.repeat_interleave.self_Tensor}

@@ -9,8 +9,6 @@ import torch
 from check import check, jvp_by_rule
 from torch import Tensor
 
-from fwdcompile import RuleError
-
 aten = torch.ops.aten
 
 
@@ -106,8 +104,7 @@ def test_maxima(op: Any, args: tuple[Any, ...]) -> None:
 
 @pytest.mark.parametrize("align_corners", [False, True])
 @pytest.mark.parametrize("padding_mode", [0, 1, 2])
-@pytest.mark.parametrize("mode", [0, 1])
-@pytest.mark.parametrize("dims", [2, 3])
+@pytest.mark.parametrize(("dims", "mode"), [(2, 0), (2, 1), (2, 2), (3, 0), (3, 1)])
 def test_grid_sampler(dims: int, mode: int, padding_mode: int, align_corners: bool) -> None:
     op = (aten.grid_sampler_2d if dims == 2 else aten.grid_sampler_3d).default
     x = _t(2, 3, 5, 4) if dims == 2 else _t(1, 2, 3, 4, 5)
@@ -138,11 +135,11 @@ def test_grid_sampler_agrees_with_autograd_at_the_border() -> None:
         torch.testing.assert_close(out_dot.flatten(), torch.stack(rows))
 
 
-def test_bicubic_grid_is_refused() -> None:
-    x, grid = X2, 0.5 * _t(2, 3, 3, 2)
-    check(aten.grid_sampler_2d.default, x, grid, 2, 0, False, wrt=(0,), oracle="difference")
-    with pytest.raises(RuleError, match="mode='bilinear'"):
-        jvp_by_rule(aten.grid_sampler_2d.default, (x, grid, 2, 0, False), {}, {1: grid})
+def test_pooled_gradients() -> None:
+    x = _t(2, 3, 6, 6)
+    out, index = aten.max_pool2d_with_indices(x, [2, 2])
+    args = (torch.ones_like(out), x, [2, 2], [2, 2], [0, 0], [1, 1], False, index)
+    check(aten.max_pool2d_with_indices_backward.default, *args, oracle="difference")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -74,3 +74,50 @@ def test_segments_without_elements(reduce: str) -> None:
         aten.segment_reduce.default, (empty, reduce), {"lengths": lengths, "initial": 1}, {0: empty}
     )
     assert out_dot is None or not out_dot.any()
+
+
+X, Y = normal(3, 4), normal(3, 4, seed=2)
+ROWS, COLUMNS = torch.tensor([2, 0, 2]), torch.tensor([[0, 1, 1, 3], [2, 0, 2, 1], [1, 1, 0, 0]])
+# Two zeros go to one place, one to another, and one place has a zero already.
+X_ZEROS, Y_ZEROS = X.clone(), Y.clone()
+X_ZEROS[1, 1] = Y_ZEROS[0, 1] = Y_ZEROS[0, 2] = Y_ZEROS[2, 0] = 0
+TIES = torch.tensor([[1.0, 2.0, 2.0], [3.0, 0.0, 3.0]], dtype=torch.float64)
+REDUCES: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = [
+    (aten.scatter_reduce.two, (X, 1, COLUMNS, Y, reduce), {"include_self": include_self})
+    for reduce in ("sum", "mean", "amax", "amin", "prod")
+    for include_self in (True, False)
+]
+INDEX_REDUCES = [
+    (aten.index_reduce.default, (X, dim, index, source, reduce), {"include_self": include_self})
+    for dim, index, source in ((0, ROWS, Y), (-1, torch.tensor([3, 3]), Y[:, :2]))
+    for reduce in ("mean", "amax", "amin", "prod")
+    for include_self in (True, False)
+]
+
+
+@pytest.mark.parametrize(("op", "args", "kwargs"), REDUCES)
+def test_scatter_reduces(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    check(op, *args, oracle="difference" if "prod" in args else "jvp", **kwargs)
+
+
+@pytest.mark.parametrize(("op", "args", "kwargs"), INDEX_REDUCES)
+def test_index_reduces(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    check(op, *args, oracle="difference", **kwargs)
+
+
+@pytest.mark.parametrize("include_self", [True, False])
+@pytest.mark.parametrize("dim", [0, 1])
+def test_scattered_products_of_zeros(dim: int, include_self: bool) -> None:
+    args = (X_ZEROS, dim, COLUMNS[:2, :3] % 3, Y_ZEROS, "prod")
+    check(aten.scatter_reduce.two, *args, oracle="difference", include_self=include_self)
+
+
+def test_scattered_product_of_numbers() -> None:
+    args = (normal(), 0, torch.tensor(0), normal(seed=2), "prod")
+    check(aten.scatter_reduce.two, *args, oracle="difference")
+
+
+@pytest.mark.parametrize("reduce", ["amax", "amin"])
+def test_ties_of_a_scatter_are_shared_as_in_torch(reduce: str) -> None:
+    index, src = torch.tensor([[0, 0, 1], [2, 2, 2]]), TIES.clone()
+    check(aten.scatter_reduce.two, TIES, 1, index, src, reduce, second=False)
