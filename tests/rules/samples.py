@@ -30,13 +30,33 @@ X, Y = _t(3, 4), _t(3, 4, seed=2)
 # A tangent of one entry alone is none of a symmetric matrix; test_factorization.py mirrors it.
 SYMMETRIC = (aten.cholesky, aten.linalg_cholesky, aten.linalg_cholesky_ex, aten._linalg_eigh)
 
+# Two sequences of three steps, over four letters.
+CTC = (_t(3, 2, 4).log_softmax(-1), torch.tensor([[1, 2], [3, 1]]))
+LENGTHS = ([3, 3], [2, 1])
+LENGTH_TENSORS = (torch.tensor([3, 3]), torch.tensor([2, 1]))
+CTC_OUT = (_t(2), _t(2, 3, 5))
+LDL, PIVOTS = torch.linalg.ldl_factor(X @ X.T)
+
 OTHERS: list[tuple[Any, ...]] = [
     (aten.gelu_backward.default, (X, Y)),
     (aten.detach.default, (X,)),
     (aten.detach_copy.default, (X,)),
     (aten.copy.default, (X, Y)),
     (aten.new_empty_strided.default, (X, [3, 4], [4, 1])),
+    (aten.as_strided.default, (X, [2, 2], [1, 1])),
     (aten.as_strided_copy.default, (X, [2, 2], [1, 1])),
+    (aten.as_strided_scatter.default, (X, Y[:2, :2], [2, 2], [1, 2])),
+    (aten.masked_select.default, (X, X > 0)),
+    (aten.geqrf.default, (X,)),
+    (aten.linalg_eig.default, (X[:, :3],)),
+    (aten.linalg_lstsq.default, (X.T, Y.T)),
+    (aten.linalg_ldl_factor.default, (X @ X.T,)),
+    (aten.linalg_ldl_factor_ex.default, (X @ X.T,)),
+    (aten.linalg_ldl_solve.default, (LDL, PIVOTS, Y)),
+    (aten._ctc_loss.default, (*CTC, *LENGTHS)),
+    (aten._ctc_loss.Tensor, (*CTC, *LENGTH_TENSORS)),
+    (aten._ctc_loss_backward.default, (CTC_OUT[0], *CTC, *LENGTHS, *CTC_OUT, 0)),
+    (aten._ctc_loss_backward.Tensor, (CTC_OUT[0], *CTC, *LENGTH_TENSORS, *CTC_OUT, 0)),
     (aten.view.dtype, (X, torch.int64)),
     (aten.view_copy.dtype, (X, torch.int64)),
     (aten.remainder.Scalar_Tensor, (2.3, X)),
