@@ -11,7 +11,7 @@ WORKERS ?= 2
 BENCH_ARGS ?=
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-all lint golden bench bench-memory bench-attention clean coverage
+.PHONY: demo test test-all lint golden bench bench-memory bench-attention clean coverage zoo beyond-torch
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -41,6 +41,12 @@ golden: .venv/installed
 
 coverage: .venv/installed
 	$(BIN)/python benchmarks/coverage_page.py
+
+zoo: .venv/installed
+	$(BIN)/python benchmarks/zoo.py
+
+beyond-torch: .venv/installed
+	$(BIN)/python benchmarks/beyond_torch.py
 
 bench: export OMP_NUM_THREADS = 2
 # glibc keeps what a step frees: handing it back costs 18,752 page faults a step of the CNN

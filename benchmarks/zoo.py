@@ -1,0 +1,129 @@
+"""Writes docs/models.md: torchvision's models, each program against reverse mode or torch.func.jvp.
+
+    python benchmarks/zoo.py [--models resnet18,r3d_18] [--minutes 60]
+
+Every model runs in training and in evaluation mode, with a random direction in all parameters and
+the images, on float64 weights, or float32 for those with more than `HEAVY` parameters. An entry is
+written as soon as it is measured; entries that the file has are kept unless they are named.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from results import RESULTS
+from zoo_models import STOPPED, build, families
+
+from fwdcompile.runner import environment
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "tests"))
+from oracle import Case, compare  # noqa: E402
+
+FILE, PAGE = RESULTS / "zoo-cpu.json", ROOT / "docs/models.md"
+HEAD = "| model | parameters | dtype | ops | generated | error, train | error, eval | seconds |"
+HEAVY = 150_000_000
+
+
+def measure(name: str, training: bool) -> dict[str, Any]:
+    """The error of one model's program, its size, and how long it took to make."""
+    model, inputs = build(name)
+    parameters = sum(p.numel() for p in model.parameters())
+    dtype = torch.float32 if parameters > HEAVY else torch.float64
+    torch.manual_seed(1)
+    case = Case.of(model.to(dtype).train(training), tuple(x.to(dtype) for x in inputs))
+    compared = compare(case, ("jvp",) if name in STOPPED else ("reverse", "jvp"))
+    graphs = compared.lowered.stages
+    return {
+        "parameters": parameters,
+        "dtype": str(dtype).removeprefix("torch."),
+        "oracle": compared.oracle,
+        "primal_error": compared.primal_error,
+        "error": compared.error,
+        "right": compared.is_right(dtype),
+        "nodes": len(graphs["capture"].nodes),
+        "generated": len(list(graphs.values())[-1].nodes),
+        "seconds": round(compared.seconds, 1),
+    }
+
+
+def fresh(name: str, mode: str) -> dict[str, Any]:
+    """`measure` in a new process, so that memory goes back; an error's last line if it fails."""
+    command = [sys.executable, "-W", "ignore", __file__, "--one", name, mode]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        return {"failed": (done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1]}
+    measured: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return measured
+
+
+def page(result: dict[str, Any]) -> str:
+    """The result as Markdown."""
+    entries: dict[str, dict[str, Any]] = result["entries"]
+    lines = [
+        "# Models",
+        "",
+        "The generated program of each model against reverse mode: u'(Jv) = (J'u)'v for a random",
+        "u and a direction v in all parameters and inputs. Outputs and buffers agree as well.",
+        "Written by `make zoo`. Seconds are capture, transform, passes and printing.",
+    ]
+    for family, names in families().items():
+        found = {n: entries[n] for n in names if n in entries}
+        right = sum(all(m.get("right") for m in e.values()) for e in found.values())
+        lines += ["", f"## {family.capitalize()}: {right} of {len(names)}", ""]
+        lines += [HEAD, "|---" * 8 + "|", *(_row(name, e) for name, e in found.items())]
+    machine = result["environment"]
+    return "\n".join([*lines, "", f"torch {machine['torch']}, {machine['device']}.", ""])
+
+
+def _row(name: str, modes: dict[str, dict[str, Any]]) -> str:
+    train, evaluated = modes["train"], modes["eval"]
+    cells = [f"{m['error']:.0e}" if "error" in m else m["failed"][:80] for m in (train, evaluated)]
+    known = train if "error" in train else evaluated
+    if "error" not in known:
+        return f"| {name} | | | | | {cells[0]} | {cells[1]} | |"
+    counts = f"{known['parameters']:,} | {known['dtype']} | {known['nodes']} | {known['generated']}"
+    return f"| {name} | {counts} | {cells[0]} | {cells[1]} | {known['seconds']} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", type=lambda text: text.split(","))
+    parser.add_argument("--minutes", type=float, default=600, help="begin no model after these")
+    parser.add_argument("--one", nargs=2, help="for the fresh process: measures here, one model")
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    if options.one:
+        print(json.dumps(measure(options.one[0], options.one[1] == "train")))
+        return
+    result = json.loads(FILE.read_text()) if FILE.exists() else {"entries": {}}
+    result["environment"] = environment(torch.device("cpu"))
+    names = [name for family in families().values() for name in family]
+    began = time.monotonic()
+    for name in options.models or [n for n in names if n not in result["entries"]]:
+        if time.monotonic() - began > 60 * options.minutes:
+            break
+        result["entries"][name] = {mode: fresh(name, mode) for mode in ("train", "eval")}
+        print(name, result["entries"][name], flush=True)
+        kept = {n: result["entries"][n] for n in names if n in result["entries"]}
+        _write(FILE, json.dumps(result | {"entries": kept}, indent=1) + "\n")
+        _write(PAGE, page(result))
+
+
+def _write(path: Path, text: str) -> None:
+    part = path.with_suffix(".part")
+    part.write_text(text)
+    os.replace(part, path)
+
+
+if __name__ == "__main__":
+    main()
