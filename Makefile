@@ -11,7 +11,7 @@ WORKERS ?= 2
 BENCH_ARGS ?=
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-all lint golden bench bench-memory bench-attention clean coverage zoo beyond-torch
+.PHONY: demo test test-all lint golden bench bench-memory bench-attention bench-capture clean coverage zoo beyond-torch
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -65,6 +65,9 @@ bench-memory: .venv/installed
 bench-attention: export OMP_NUM_THREADS = 2
 bench-attention: .venv/installed
 	$(BIN)/python benchmarks/attention.py
+
+bench-capture: .venv/installed
+	$(BIN)/python benchmarks/capture.py
 
 clean:
 	rm -rf .venv build dist *.egg-info runs

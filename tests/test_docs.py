@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import attention
+import beyond_torch
+import capture
+import pytest
 import torch
+import zoo
 from coverage_page import page
 
 import fwdcompile
@@ -68,6 +74,21 @@ def test_coverage_page_has_the_rows_of_the_table() -> None:
         return [" ".join((row[0], row[1], row[-2].split(":")[0])) for row in rows]
 
     assert ends((ROOT / "docs/coverage.md").read_text()) == ends(page()), "run `make coverage`"
+
+
+@pytest.mark.parametrize(
+    ("module", "results", "document"),
+    [
+        (beyond_torch, "beyond-torch.json", "docs/beyond_torch.md"),
+        (zoo, "zoo-cpu.json", "docs/models.md"),
+        (capture, "capture-cpu.json", "docs/results/capture-cpu.md"),
+        (attention, "attention-cpu.json", "docs/results/attention-cpu.md"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_pages_are_written_from_their_results(module: Any, results: str, document: str) -> None:
+    result = json.loads((ROOT / "docs/results" / results).read_text())
+    assert module.page(result) == (ROOT / document).read_text()
 
 
 def _dense(text: str) -> str:

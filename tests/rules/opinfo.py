@@ -54,6 +54,7 @@ DIFFERENCE: dict[str, str] = {
 # Entries whose derivative differences do not show.
 REVERSE: dict[str, str] = {
     "normal": "a draw does not depend on its mean and deviation",
+    "grid_sampler_2d": "so many points that a difference crosses kinks",
     "grid_sampler_3d": "so many points that a difference crosses kinks",
 }
 # Tolerances, relative and absolute, of entries whose samples are badly conditioned.
