@@ -7,7 +7,7 @@ u'(Jv) = (J'u)'v for random u, together with central differences.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,11 +83,6 @@ def entries() -> dict[str, Any]:
     """The entries of the database that torch differentiates in float64 on the CPU, by name."""
     found = (e for e in op_db if e.supports_autograd and torch.float64 in e.supported_dtypes("cpu"))
     return {entry.formatted_name: entry for entry in found}
-
-
-def every(names: Iterable[str], count: int) -> list[str]:
-    """One of each `count` names, for what would take too long for all of them."""
-    return list(names)[::count]
 
 
 def cases(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import opinfo
 import pytest
 import torch
@@ -43,19 +45,25 @@ def test_all_samples(name: str) -> None:
     assert bool(_check(name, ALL)) == (name in REFUSED)
 
 
+def _some(count: int) -> list[Any]:
+    """All entries, of which one in `count` is part of the default tests."""
+    slow = pytest.mark.slow
+    return [pytest.param(n, marks=slow if i % count else ()) for i, n in enumerate(ENTRIES)]
+
+
 # torch.export refuses polygamma_; the samples of svd compare one product of the three outputs
 NO_VARIANTS = {"polygamma_polygamma_n_4", "svd"}
 
 
 @pytest.mark.parametrize("variant", ["inplace", "out"])
-@pytest.mark.parametrize("name", opinfo.every(ENTRIES, 8))
+@pytest.mark.parametrize("name", _some(8))
 def test_variants(name: str, variant: str) -> None:
     if name not in NO_VARIANTS:
         _check(name, 1, variant)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", opinfo.every(ENTRIES, 8))
+@pytest.mark.parametrize("name", _some(8))
 def test_dtypes(name: str, dtype: torch.dtype) -> None:
     entry = ENTRIES[name]
     if name not in REFUSED and dtype in entry.supported_backward_dtypes("cpu"):
