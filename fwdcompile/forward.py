@@ -281,7 +281,7 @@ class Forward:
             captured = as_primal(source, _suffix(len(inner)))
         else:
             captured = capture(self.model, args, kwargs, self.dynamic)
-        transformed = transform_program(captured, active, request.directions, request.rank_one)
+        transformed = self._transformed(captured, active, request)
         if request.same:
             transformed = tie(transformed, _suffix(len(inner)))
         program = transformed.copy()
@@ -292,6 +292,9 @@ class Forward:
             detach_tangents(program.graph)
         settle(program.graph)
         return self._generate(program, nestable, stages | {"simplify": program.graph})
+
+    def _transformed(self, captured: Program, active: Sequence[str], request: _Request) -> Program:
+        return transform_program(captured, active, request.directions, request.rank_one)
 
     def _generate(
         self, program: Program, nestable: Program, stages: dict[str, fx.Graph]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-Kind = Literal["parameter", "buffer", "constant", "input", "tangent", "output"]
+Kind = Literal["parameter", "buffer", "constant", "input", "tangent", "output", "gradient"]
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,8 @@ class Slot:
 
     `name` is the parameter's or buffer's qualified name, or the path of an argument or output
     (`x`, `batch.image`, `out.0`). A tangent slot has its primal's name and the number of its
-    direction; an output of kind `buffer` or `input` is the new value of something forward changed.
+    direction; an output of kind `buffer` or `input` is the new value of something forward changed,
+    one of kind `gradient` the forward gradient of a parameter, by activity perturbation.
     `factor` is "u" or "v" where two inputs make one tangent, their outer product.
     """
 

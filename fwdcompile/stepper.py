@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import types
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -24,6 +24,8 @@ from .sizes import mark_open
 NonFinite = Literal["raise", "skip"]
 _ON_TENSORS = functools.partial(torch.compiler.keep_tensor_guards_unsafe, keep_parameters=True)
 Drawn = dict[str, Tensor | RankOne]
+# What a direction is drawn for: shape, dtype, and whether it comes as two factors.
+Kinds = dict[str, tuple[tuple[int, ...], torch.dtype, bool]]
 
 
 @dataclass(frozen=True)
@@ -47,10 +49,11 @@ class Plan:
         return found
 
     def trained(self) -> list[Tensor]:
-        """The parameters that have tangents, in the order of their keys."""
-        slots = self.lowered.program.inputs
-        names = dict.fromkeys(slot.name for slot in slots if slot.kind == "tangent")
-        homes = (self.state[name] for name in names)
+        """The parameters that have tangents, in the order of their keys, then all others."""
+        program = self.lowered.program
+        names = [slot.name for slot in program.inputs if slot.kind == "tangent"]
+        names += [slot.name for slot in program.outputs if slot.kind == "gradient"]
+        homes = (self.state[name] for name in dict.fromkeys(names) if name in self.state)
         return [home[key] for home, key in homes]
 
 
@@ -77,6 +80,7 @@ class Stepper:
             raise ValueError(f"torch.compile must know the mode, and has none called {mode!r}")
         self.objective = Objective(model, loss_fn)
         self._directions, self._samples = directions, samples
+        self._dense = replace(directions, rank_one=False)
         self.nonfinite = nonfinite
         self.iteration = 0
         self._compile, self._mode = compile, mode
@@ -135,7 +139,7 @@ class Stepper:
         return self._plans[key], leaves
 
     def _planned(self, lowered: Lowered, inputs: Sequence[Any], kwargs: dict[str, Any]) -> Plan:
-        _check_loss(lowered)
+        self._check(lowered)
         run = self._compiled(self._body(lowered))
         named = dict(input_leaves(self.objective, inputs, kwargs))
         mark_open(lowered.program, named)
@@ -158,42 +162,43 @@ class Stepper:
         dynamic = None if self._forward.dynamic else False
         return torch.compile(fresh, fullgraph=True, dynamic=dynamic, options=options)
 
+    def _check(self, lowered: Lowered) -> None:
+        check_loss(lowered)
+
     def _body(self, lowered: Lowered) -> Callable[..., Any]:
         raise NotImplementedError
 
     def _estimate(
-        self, lowered: Lowered, tensors: list[Tensor], seed: Tensor, step: Tensor
-    ) -> tuple[Tensor, Tensor, dict[str, Tensor], list[Drawn], list[Tensor]]:
-        """Loss, whether all is finite, trained parameters, their directions, and the slopes.
+        self, lowered: Lowered, kinds: Kinds, tensors: list[Tensor], seed: Tensor, step: Tensor
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor], list[Drawn], list[Tensor], Sequence[Tensor]]:
+        """Loss, whether all is finite, trained parameters, directions, slopes, and all outputs.
 
         Also writes the buffers that the model changes, unless something is not finite.
         """
         program = lowered.program
         plain = [slot for slot in program.inputs if slot.kind not in ("tangent", "constant")]
         values = {slot.name: x for slot, x in zip(plain, tensors, strict=True)}
-        trained = {
-            slot.name: values[slot.name] for slot in program.inputs if slot.kind == "tangent"
-        }
-        drawn = self._draw(trained, seed, step)
+        trained = {name: values[name] for name in kinds if name in values}
+        drawn = self._draw(kinds, seed, step)
         outs = lowered.function(*arrange(program.inputs, values, drawn))
         pairs = list(zip(program.outputs, outs, strict=True))
-        (loss,) = (out for slot, out in pairs if slot.kind == "output")
-        slopes = [out for slot, out in pairs if slot.kind == "tangent"]
+        (loss,) = (_mean(out) for slot, out in pairs if slot.kind == "output")
+        slopes = [_mean(out) for slot, out in pairs if slot.kind == "tangent"]
         finite = torch.isfinite(torch.stack([loss, *slopes])).all()
         for slot, out in pairs:
             if slot.kind in ("buffer", "input"):
                 values[slot.name].copy_(torch.where(finite, out, values[slot.name]))
-        return loss, finite, trained, drawn, slopes
+        return loss, finite, trained, drawn, slopes, outs
 
-    def _draw(self, parameters: dict[str, Tensor], seed: Tensor, step: Tensor) -> list[Drawn]:
-        """The directions of one step: for each sample, those of all parameters by name."""
-        keys = stream_keys(seed, step, self.samples, len(parameters))
+    def _draw(self, kinds: Kinds, seed: Tensor, step: Tensor) -> list[Drawn]:
+        """The directions of one step: for each sample, those of all that has one, by name."""
+        keys = stream_keys(seed, step, self.samples, len(kinds))
         return [
             {
-                name: self.directions.draw(p.shape, key=keys[sample, number], dtype=p.dtype)
-                for number, (name, p) in enumerate(parameters.items())
+                name: (self.directions if outer else self._dense).draw(shape, key=key, dtype=dtype)
+                for key, (name, (shape, dtype, outer)) in zip(sample, kinds.items(), strict=True)
             }
-            for sample in range(self.samples)
+            for sample in keys
         ]
 
     @torch.no_grad()
@@ -214,6 +219,20 @@ class Stepper:
         return plan, loss, finite, *rest
 
 
+def kinds_of(lowered: Lowered) -> Kinds:
+    """What a step draws directions for, in the order of their keys."""
+    kinds: Kinds = {}
+    for node, slot in lowered.program.placeholders():
+        if slot.kind == "tangent" and slot.direction == 0:
+            known, x = kinds.get(slot.name, ((),))[0], value(node)
+            kinds[slot.name] = (*known, *x.shape), x.dtype, bool(slot.factor)
+    return kinds
+
+
+def _mean(x: Tensor) -> Tensor:
+    return x.mean() if x.ndim else x
+
+
 def _flatten(inputs: Sequence[Any], kwargs: dict[str, Any]) -> tuple[list[Any], Any]:
     """Leaves and structure; plain tensors spare a small model a tenth of its step."""
     if not kwargs and all(isinstance(x, Tensor) for x in inputs):
@@ -221,12 +240,13 @@ def _flatten(inputs: Sequence[Any], kwargs: dict[str, Any]) -> tuple[list[Any], 
     return pytree.tree_flatten((inputs, kwargs))
 
 
-def _check_loss(lowered: Lowered) -> None:
+def check_loss(lowered: Lowered, most: int = 0) -> None:
+    """Refuses an objective that is not one floating-point tensor of at most `most` dimensions."""
     program = lowered.program
     outs = [value(n) for n, slot in zip(output_nodes(program.graph), program.outputs, strict=True)
             if slot.kind == "output"]  # fmt: skip
     if len(program.out_spec.leaves) != 1 or len(outs) != 1:
         raise LossError("the objective must return one tensor, the loss; give a loss_fn")
-    if outs[0].ndim or not outs[0].is_floating_point():
+    if outs[0].ndim > most or not outs[0].is_floating_point():
         shape, dtype = list(outs[0].shape), outs[0].dtype
         raise LossError(f"the loss must be a floating scalar tensor, not {dtype} of shape {shape}")

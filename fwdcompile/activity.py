@@ -1,0 +1,236 @@
+"""Activity perturbation: directions for what layers put out, gradients from what they take in.
+
+A direction in the outputs of a layer has fewer dimensions than one in its weights, and each example
+of a batch has its own: the estimate is far less noisy (Ren, Kornblith, Liao and Hinton, "Scaling
+forward gradient with local losses", 2023, section 3). With y = x W' and e the direction of y, the
+forward gradient of y is u = (d f / d e) e, and that of W is u' x: the layer's own chain rule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from . import rule
+from .errors import LossError
+from .forward import Forward, Lowered
+from .program import Program, Slot, identifier, output_nodes, rename, value
+from .trace import Recorder, bind_call, fake_mode, label
+from .transform import transform
+
+aten = torch.ops.aten
+_OUTPUT = ".output"
+Gradients = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One product by a trained weight, whose output is perturbed.
+
+    Attributes:
+        node: name of the node in the captured graph and in the transformed one.
+        slot: name of the tangent input that is the output's direction.
+        parameters: by argument of the op, the names of the parameters that get a gradient.
+    """
+
+    node: str
+    slot: str
+    parameters: Mapping[str, str]
+
+
+def _linear(u: Tensor, call: Mapping[str, Any]) -> Gradients:
+    u, x = u.flatten(0, -2), call["input"].flatten(0, -2)
+    return {"weight": u.mT @ x, "bias": u.sum(0)}
+
+
+def _convolution(u: Tensor, call: Mapping[str, Any]) -> Gradients:
+    x, weight = call["input"], call["weight"]
+    options = [call[name] for name in ("stride", "padding", "dilation")]
+    shape = [False, [0] * (x.ndim - 2), call["groups"], [False, True, True]]
+    sizes = [weight.shape[0]]
+    _, *gradients = aten.convolution_backward(u, x, weight, sizes, *options, *shape)
+    return dict(zip(("weight", "bias"), gradients, strict=True))
+
+
+def _embedding(u: Tensor, call: Mapping[str, Any]) -> Gradients:
+    rows = call["weight"].shape[0]
+    options = [call[name] for name in ("padding_idx", "scale_grad_by_freq")]
+    return {"weight": aten.embedding_dense_backward(u, call["indices"], rows, *options)}
+
+
+# The gradients of an op's parameters, from that of its output and its arguments.
+_GRADIENTS: dict[Any, Callable[[Tensor, Mapping[str, Any]], Gradients]] = {
+    aten.linear.default: _linear,
+    aten.conv1d.default: _convolution,
+    aten.conv2d.default: _convolution,
+    aten.conv3d.default: _convolution,
+    aten.embedding.default: _embedding,
+}
+_BATCHED = {aten.linear.default: 2, aten.embedding.default: 2}
+
+
+def perturb(program: Program, trained: Collection[str]) -> tuple[Program, list[Layer]]:
+    """Adds an input to the output of every layer that a trained parameter belongs to.
+
+    Args:
+        program: a captured program.
+        trained: names of parameters. Those that something else than a linear layer, a convolution
+            or an embedding reads belong to no layer.
+
+    Returns:
+        A program with further inputs `<node>.output`, which count as zero and only have tangents,
+        and the layers.
+    """
+    program = program.copy()
+    graph = program.graph
+    names = {node: slot.name for node, slot in program.placeholders() if slot.name in trained}
+    owned = {node: name for node, name in names.items() if all(map(_is_layer, node.users))}
+    layers, slots = [], []
+    for node in [n for n in graph.nodes if _is_layer(n)]:
+        bound = bind_call(node.target, node.args, node.kwargs)
+        known = ((arg, bound.get(arg)) for arg in ("weight", "bias"))
+        parameters = {arg: owned[x] for arg, x in known if x in owned}
+        if parameters:
+            layers.append(Layer(node.name, f"{node.name}{_OUTPUT}", parameters))
+            slots.append(Slot("input", layers[-1].slot))
+            _shift(graph, node)
+    return replace(program, inputs=(*program.inputs, *slots)), layers
+
+
+def _is_layer(node: fx.Node) -> bool:
+    """Whether this is a product of a batch by a weight, the latter in its place alone."""
+    if node.target not in _GRADIENTS:
+        return False
+    op: Any = node.target
+    bound = bind_call(op, node.args, node.kwargs)
+    data = bound.get("input", bound.get("indices"))
+    least = _BATCHED.get(op, value(bound["weight"]).ndim)
+    return value(node).ndim >= least and data not in (bound["weight"], bound.get("bias"))
+
+
+def _shift(graph: fx.Graph, node: fx.Node) -> None:
+    """Writes y + shift for the users of y; the sum takes the name of y."""
+    name, after = node.name, list(graph.find_nodes(op="placeholder"))[-1]
+    with graph.inserting_after(after):
+        shift = graph.placeholder(f"{name}_shift")
+    with graph.inserting_after(node):
+        total = graph.call_function(aten.add.Tensor, (node, shift))
+    node.replace_all_uses_with(total, delete_user_cb=lambda user: user is not total)
+    shift.meta["val"] = total.meta["val"] = value(node)
+    total.meta |= {key: node.meta[key] for key in ("source", "module") if key in node.meta}
+    rename(graph, {total: name, node: f"{name}_of_input"})
+
+
+def settle_shifts(program: Program, layers: Sequence[Layer]) -> Program:
+    """Takes the shifts out of a transformed program: as primals they are zero."""
+    slots = {layer.slot for layer in layers}
+    kept, names = [], {}
+    for node, slot in list(program.placeholders()):
+        if slot.kind != "input" or slot.name not in slots:
+            kept.append(slot)
+            continue
+        (total,) = node.users
+        product = total.args[0]
+        names[product] = total.name
+        total.replace_all_uses_with(product)  # type: ignore[arg-type]
+        for gone in (total, node):
+            program.graph.erase_node(gone)
+    rename(program.graph, names)  # type: ignore[arg-type]
+    return replace(program, inputs=tuple(kept))
+
+
+def gradients(program: Program, layers: Sequence[Layer], samples: int) -> Program:
+    """Appends the gradients of the layers' parameters, means over the directions.
+
+    The loss is a number, or holds one number for each example: its mean is then what is
+    differentiated, and an output whose first dimension is that of the examples takes from each
+    only its own loss.
+    """
+    graph, out = program.graph, program.graph.output_node()
+    recorder = Recorder(graph, fake_mode(graph), keep=rule.table)
+    inputs = {(s.name, s.direction): n for n, s in program.placeholders() if s.kind == "tangent"}
+    slopes = [node for node, slot in program.results() if slot.kind == "tangent"]
+    nodes = {node.name: node for node in graph.nodes}
+    found: dict[str, Tensor] = {}
+    for layer in layers:
+        before = out.prev
+        with graph.inserting_before(out), recorder.active():
+            dots = [recorder.fake(inputs[layer.slot, k]) for k in range(samples)]
+            terms = [_weighted(d, recorder.fake(s)) for d, s in zip(dots, slopes, strict=True)]
+            u = sum(terms[1:], terms[0])
+            node = nodes[layer.node]
+            bound = bind_call(node.target, node.args, node.kwargs)  # type: ignore[arg-type]
+            arguments = fx.map_arg(bound, recorder.fake)
+            grads = _GRADIENTS[node.target](u if samples == 1 else u / samples, arguments)  # type: ignore
+            for argument, name in layer.parameters.items():
+                new = grads[argument]
+                found[name] = found[name] + new if name in found else new
+        out.meta |= {key: node.meta[key] for key in ("source", "module") if key in node.meta}
+        label(out, before)
+    results = {recorder.node(x): name for name, x in found.items()}
+    for result in results:
+        result.meta["role"] = "tangent"
+    rename(graph, {node: f"{identifier(name)}_grad" for node, name in results.items()})
+    graph.output((*output_nodes(graph), *results))
+    graph.erase_node(out)
+    slots = tuple(Slot("gradient", name) for name in results.values())
+    return replace(program, outputs=program.outputs + slots)
+
+
+def _weighted(direction: Tensor, slope: Tensor) -> Tensor:
+    if slope.ndim and direction.shape[0] == slope.shape[0]:
+        each = slope / slope.shape[0]
+        return direction * each.view(-1, *[1] * (direction.ndim - 1))
+    return direction * (slope.mean() if slope.ndim else slope)
+
+
+class ActivityForward(Forward):
+    """A program of an objective that returns gradients by activity perturbation beside the loss."""
+
+    def _transformed(self, captured: Program, active: Sequence[str], request: Any) -> Program:
+        perturbed, layers = perturb(captured, active)
+        owned = {name for layer in layers for name in layer.parameters.values()}
+        names = [name for name in active if name not in owned]
+        outer = [name for name in request.rank_one if name in names]
+        shifted = [layer.slot for layer in layers]
+        program = transform(perturbed, names + shifted, request.directions, outer)
+        return gradients(settle_shifts(program, layers), layers, request.directions)
+
+
+@torch.no_grad()
+def check_examples(lowered: Lowered, tensors: Sequence[Tensor]) -> None:
+    """Refuses losses of examples that depend on other examples: their gradients would be wrong.
+
+    Moves the outputs of the first example alone and looks whether other losses follow.
+
+    Raises:
+        LossError: they do, as with batch norm in training.
+    """
+    program = lowered.program
+    (loss,) = (value(node) for node, slot in program.results() if slot.kind == "output")
+    if not loss.ndim:
+        return
+    plain, count = iter(tensors), loss.shape[0]
+    values = []
+    for node, slot in program.placeholders():
+        if slot.kind == "tangent":
+            like = value(node)
+            dot = torch.zeros(like.shape, dtype=like.dtype, device=like.device)
+            if slot.name.endswith(_OUTPUT) and len(dot) == count:
+                dot[0] = torch.randn(dot.shape[1:], dtype=dot.dtype, device=dot.device)
+            values.append(dot)
+        elif slot.kind != "constant":
+            values.append(next(plain))
+    with torch.random.fork_rng():
+        outs = lowered.function(*values)
+    slopes = [out for out, s in zip(outs, program.outputs, strict=True) if s.kind == "tangent"]
+    if any(slope[1:].any() for slope in slopes):
+        raise LossError(
+            "the loss of one example depends on the activations of another (batch norm in "
+            "training?), or the first dimension of a layer's output is not that of the examples: "
+            "return the mean loss in place of one for each example."
+        )
