@@ -214,18 +214,17 @@ def check_examples(lowered: Lowered, tensors: Sequence[Tensor]) -> None:
     (loss,) = (value(node) for node, slot in program.results() if slot.kind == "output")
     if not loss.ndim:
         return
-    plain, count = iter(tensors), loss.shape[0]
-    values = []
-    for node, slot in program.placeholders():
-        if slot.kind == "tangent":
-            like = value(node)
-            dot = torch.zeros(like.shape, dtype=like.dtype, device=like.device)
-            if slot.name.endswith(_OUTPUT) and len(dot) == count:
-                dot[0] = torch.randn(dot.shape[1:], dtype=dot.dtype, device=dot.device)
-            values.append(dot)
-        elif slot.kind != "constant":
-            values.append(next(plain))
+    plain, values = iter(tensors), []
     with torch.random.fork_rng():
+        for node, slot in program.placeholders():
+            if slot.kind == "tangent":
+                like = value(node)
+                dot = torch.zeros(like.shape, dtype=like.dtype, device=like.device)
+                if slot.name.endswith(_OUTPUT) and len(dot) == loss.shape[0]:
+                    dot[0].normal_()
+                values.append(dot)
+            elif slot.kind != "constant":
+                values.append(next(plain))
         outs = lowered.function(*values)
     slopes = [out for out, s in zip(outs, program.outputs, strict=True) if s.kind == "tangent"]
     if any(slope[1:].any() for slope in slopes):

@@ -145,7 +145,7 @@ def _constants(program: Program) -> Iterator[str]:
 
 
 def _tensor_text(x: Tensor) -> str:
-    if x.numel() <= 32 and (not x.is_floating_point() or bool(x.isfinite().all())):
+    if x.numel() <= 32 and bool(x.isfinite().all()):
         data = x.detach().cpu().tolist()
         return f'torch.tensor({data}, dtype={x.dtype}, device="{x.device}")'
     buffer = io.BytesIO()

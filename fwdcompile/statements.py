@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import cmath
 import math
 import operator
 import re
@@ -283,6 +284,8 @@ def _is_usual(keyword: str, setting: Any) -> bool:
 def _literal(x: Any) -> str:
     if isinstance(x, float) and not math.isfinite(x):
         return f'float("{x}")'
+    if isinstance(x, complex) and not cmath.isfinite(x):
+        return f"complex({_literal(x.real)}, {_literal(x.imag)})"
     if isinstance(x, torch.device):
         return f'torch.device("{x}")'
     return quoted(x)

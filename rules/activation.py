@@ -125,12 +125,18 @@ jvp(aten.glu.default, self=glu_dot)
 # Softmax
 
 
+def _real(d: Tensor, out: Tensor) -> Tensor:
+    """With `dtype` given, these ops drop the imaginary part of what they read."""
+    return d.real if d.is_complex() and not out.is_complex() else d
+
+
 def softmax_dot(d: Tensor, dim: int, out: Tensor) -> Tensor:
-    weighted = out * d
+    weighted = out * _real(d, out)
     return weighted - out * weighted.sum(dim, keepdim=True)
 
 
 def log_softmax_dot(d: Tensor, dim: int, out: Tensor) -> Tensor:
+    d = _real(d, out)
     return d - (torch.exp(out) * d).sum(dim, keepdim=True)
 
 

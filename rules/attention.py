@@ -17,6 +17,7 @@ aten = torch.ops.aten
 
 # Queries a block: the scores of one block are kept, and so memory grows with the keys alone.
 BLOCK = 256
+_SHORT = (torch.bfloat16, torch.float16)
 
 
 def _scores(
@@ -37,6 +38,11 @@ def _heads(x: Tensor, like: Tensor) -> Tensor:
     return x.repeat_interleave(like.shape[-3] // x.shape[-3], -3)
 
 
+def _wide(x: Any) -> Any:
+    """Scores of 16 bits would lose the third digit of every weight; torch's kernels keep 32."""
+    return x.float() if isinstance(x, Tensor) and x.dtype in _SHORT else x
+
+
 def _rows(x: Any, first: int, last: int) -> Any:
     """The queries of a block, or its rows of a mask, which may be one row for all."""
     whole = not isinstance(x, Tensor) or x.shape[-2] == 1 or (first, last) == (0, x.shape[-2])
@@ -46,8 +52,7 @@ def _rows(x: Any, first: int, last: int) -> Any:
 @joint(aten.scaled_dot_product_attention.default, wrt=("query", "key", "value", "attn_mask"))
 def attention(
     d: dict[str, Tensor], query: Tensor, key: Tensor, value: Tensor, attn_mask: Any,
-    dropout_p: float, is_causal: bool, scale: float | None, enable_gqa: bool, out: Tensor,
-    call: Call,
+    dropout_p: float, is_causal: bool, scale: float | None, enable_gqa: bool, call: Call,
 ) -> Any:  # fmt: skip
     """The tangent by blocks of queries, so that no product of queries and keys is whole."""
     if dropout_p:
@@ -58,11 +63,13 @@ def attention(
         key, value = _heads(key, query), _heads(value, query)
         d = {name: _heads(x, query) if name in ("key", "value") else x for name, x in d.items()}
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    query, key, value, attn_mask = map(_wide, (query, key, value, attn_mask))
+    d = {name: _wide(x) for name, x in d.items()}
     length, many = query.shape[-2], query.shape[-2] > 2 * BLOCK
     blocks = []
     for first in range(0, length, BLOCK) if many else (0,):
         last = min(first + BLOCK, length) if many else length
-        q, mask, done = (_rows(x, first, last) for x in (query, attn_mask, out))
+        q, mask = (_rows(x, first, last) for x in (query, attn_mask))
         dots = {
             n: _rows(x, first, last) if n in ("query", "attn_mask") else x for n, x in d.items()
         }
@@ -71,15 +78,14 @@ def attention(
             k, v = key[..., :last, :], value[..., :last, :]
             dots |= {n: dots[n][..., :last, :] for n in ("key", "value") if n in dots}
         scores = _scores(q, k, mask, is_causal, scale, first)
-        blocks.append(_block(dots, q, k, v, scores, scale, done))
+        blocks.append(_block(dots, q, k, v, scores, scale))
     return torch.cat(blocks, -2) if many else blocks[0]
 
 
 def _block(
-    d: dict[str, Tensor], query: Tensor, key: Tensor, value: Tensor, scores: Tensor, scale: float,
-    out: Tensor,
-) -> Tensor:  # fmt: skip
-    """With P = softmax(S) and out = P v: out_dot = (P S_dot) v - sum(P S_dot) out + P v_dot."""
+    d: dict[str, Tensor], query: Tensor, key: Tensor, value: Tensor, scores: Tensor, scale: float
+) -> Tensor:
+    """With P = softmax(S) and out = P v: out_dot = P (S_dot - sum(P S_dot)) v + P v_dot."""
     weights = aten._safe_softmax(scores, -1)
     slopes = []
     if "query" in d:
@@ -88,8 +94,9 @@ def _block(
         slopes.append((query * scale) @ d["key"].mT)
     if "attn_mask" in d:
         slopes.append(d["attn_mask"])
-    weighted = weights * sum(slopes[1:], slopes[0])
-    by_scores: Tensor = weighted @ value - weighted.sum(-1, keepdim=True) * out
+    slope = sum(slopes[1:], slopes[0])
+    centred = slope - (weights * slope).sum(-1, keepdim=True)
+    by_scores: Tensor = (weights * centred) @ value
     return by_scores + weights @ d["value"] if "value" in d else by_scores
 
 

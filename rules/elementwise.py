@@ -289,6 +289,7 @@ for _op in (
     aten.alias.default,
 ):
     linear(_op, wrt="self")
+linear(torch.ops.prims.convert_element_type.default, wrt="a")
 jvp(aten.copy.default, self=lambda d: None, src=lambda d: d)
 jvp(aten.fill.Tensor, self=lambda d: None, value=lambda d: d)
 

@@ -126,6 +126,8 @@ SPECIAL: list[Any] = [
     lambda x: (2 - x) ** 2 / (x - (x + 1)) - -x,
     lambda x: torch.stack(x.unbind()).sort().values,
     lambda x: x.to(torch.complex64) * 2j,
+    lambda x: torch.where(x > 0, torch.tensor(complex("-inf")), x.to(torch.complex64)),
+    lambda x: x.to(torch.complex64) * complex("inf"),
     lambda x: tuple(torch.max(x.expand(2, 3), 1))[:1],
 ]
 

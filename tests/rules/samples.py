@@ -42,6 +42,7 @@ OTHERS: list[tuple[Any, ...]] = [
     (aten.detach.default, (X,)),
     (aten.detach_copy.default, (X,)),
     (aten.copy.default, (X, Y)),
+    (torch.ops.prims.convert_element_type.default, (X, torch.float32)),
     (aten.new_empty_strided.default, (X, [3, 4], [4, 1])),
     (aten.as_strided.default, (X, [2, 2], [1, 1])),
     (aten.as_strided_copy.default, (X, [2, 2], [1, 1])),

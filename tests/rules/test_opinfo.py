@@ -19,14 +19,17 @@ SOME, ALL = 1, None
 DTYPES = {torch.float32: (2e-4, 2e-4), torch.bfloat16: (6e-2, 6e-2), torch.complex128: (1e-8, 1e-8)}
 
 
+def _oracle(name: str) -> str:
+    return "difference" if name in DIFFERENCE else "reverse" if name in REVERSE else "jvp"
+
+
 def _check(name: str, limit: int | None, variant: str = "") -> int:
     """Checks samples; returns how many are refused, with the words that `REFUSED` promises."""
     refused = 0
     for case in opinfo.cases(ENTRIES[name], variant=variant, limit=limit):
-        oracle = "difference" if name in DIFFERENCE else "reverse" if name in REVERSE else "jvp"
         try:
             if case.active:
-                opinfo.check(case, *TOLERANCES.get(name, (1e-8, 1e-8)), oracle)
+                opinfo.check(case, *TOLERANCES.get(name, (1e-8, 1e-8)), _oracle(name))
         except fwdcompile.FwdcompileError as error:
             if REFUSED.get(name, "no such entry") not in str(error):
                 raise
@@ -51,8 +54,29 @@ def _some(count: int) -> list[Any]:
     return [pytest.param(n, marks=slow if i % count else ()) for i, n in enumerate(ENTRIES)]
 
 
-# torch.export refuses polygamma_; the samples of svd compare one product of the three outputs
-NO_VARIANTS = {"polygamma_polygamma_n_4", "svd"}
+# Entries without a check of variants, and why.
+NO_VARIANTS = {
+    **dict.fromkeys(
+        (n for n in ENTRIES if n.startswith("polygamma")), "torch.export refuses polygamma_"
+    ),
+    **dict.fromkeys(
+        ("masked_select", "linalg_lstsq"), "torch knows no shapes for the out= variant"
+    ),
+    **dict.fromkeys(
+        ("svd", "linalg_eig", "lu_unpack"),
+        "samples compare a product of the outputs, or some of them",
+    ),
+    **dict.fromkeys(
+        ("linalg_cholesky", "linalg_lu_factor", "linalg_inv", "linalg_solve"),
+        "torch.export orders checks for errors by tokens",
+    ),
+    "fft_ihfftn": "torch's out= variant gives other numbers, run by torch",
+    **dict.fromkeys(
+        ("native_batch_norm", "_batch_norm_with_update"), "torch's schemas for out= do not agree"
+    ),
+}
+# Entries that torch differentiates to another dtype than that of the output.
+OTHER_DTYPE = {"frexp", "renorm"}
 
 
 @pytest.mark.parametrize("variant", ["inplace", "out"])
@@ -66,6 +90,10 @@ def test_variants(name: str, variant: str) -> None:
 @pytest.mark.parametrize("name", _some(8))
 def test_dtypes(name: str, dtype: torch.dtype) -> None:
     entry = ENTRIES[name]
-    if name not in REFUSED and dtype in entry.supported_backward_dtypes("cpu"):
-        for case in opinfo.cases(entry, dtype, limit=1):
-            opinfo.check(case, *DTYPES[dtype])
+    wide = dtype is torch.complex128
+    if name in REFUSED or dtype not in entry.supported_backward_dtypes("cpu"):
+        return
+    if (name in DIFFERENCE and not wide) or name in OTHER_DTYPE:
+        return  # torch is no oracle, and a difference of short numbers says nothing
+    for case in opinfo.cases(entry, dtype, limit=1):
+        opinfo.check(case, *DTYPES[dtype], _oracle(name))

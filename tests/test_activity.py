@@ -1,0 +1,215 @@
+"""Forward gradients by activity perturbation: unbiased, layer by layer, example by example."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+from nets import Decoder
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import fwdcompile
+from fwdcompile.activity import ActivityForward
+from fwdcompile.objective import Objective
+
+
+def each(out: Tensor, target: Tensor) -> Tensor:
+    return F.cross_entropy(out, target, reduction="none")
+
+
+class Tied(nn.Module):
+    """An embedding that is the weight of the last layer as well, and a scale of no layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(4, 2)
+        self.scale = nn.Parameter(torch.tensor([0.5, 2.0]))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return (
+            torch.tanh(self.embed(tokens) * self.scale)
+            @ torch.eye(2).double()
+            @ self.embed.weight.T
+        )
+
+
+class Shared(nn.Module):
+    """One layer that is called twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(torch.tanh(self.fc(x)))
+
+
+def mlp() -> nn.Module:
+    return nn.Sequential(nn.Linear(3, 2), nn.Tanh(), nn.Linear(2, 3, bias=False))
+
+
+def images() -> nn.Module:
+    convolution = nn.Conv2d(1, 2, 2, stride=2, padding=1)
+    return nn.Sequential(convolution, nn.Tanh(), nn.Flatten(), nn.Linear(8, 2))
+
+
+def batch(model: Callable[[], nn.Module]) -> tuple[nn.Module, Tensor, Tensor]:
+    torch.manual_seed(0)
+    net = model().double()
+    x = {images: torch.randn(2, 1, 3, 3), mlp: torch.randn(2, 3), Shared: torch.randn(2, 2)}
+    inputs = x[model].double() if model in x else torch.tensor([1, 3])
+    return net, inputs, torch.tensor([0, 1])
+
+
+def signs(kinds: list[Any]) -> Any:
+    """All directions of signs, the same for each example, as lists of tangents."""
+    count = sum(x[0].numel() if per else x.numel() for x, per in kinds)
+    for bits in product((-1.0, 1.0), repeat=count):
+        numbers, tangents = iter(bits), []
+        for x, per in kinds:
+            shape = x.shape[1:] if per else x.shape
+            one = torch.tensor([next(numbers) for _ in range(shape.numel())], dtype=x.dtype)
+            tangents.append(one.view(shape).expand(x.shape))
+        yield tangents
+
+
+@pytest.mark.parametrize("loss", [each, F.cross_entropy])
+@pytest.mark.parametrize("model", [mlp, Shared])
+def test_the_mean_over_all_directions_is_the_gradient(
+    model: Callable[[], nn.Module], loss: Callable[..., Tensor]
+) -> None:
+    net, x, y = batch(model)
+    lowered = ActivityForward(Objective(net, loss)).lower(x, y)
+    program, state = (
+        lowered.program,
+        dict(net.named_parameters()) | {"input": x, "x": x, "target": y},
+    )
+    plain = [state[s.name].detach() for s in program.inputs if s.kind != "tangent"]
+    kinds = [
+        (n.meta["val"], loss is each) for n, s in program.placeholders() if s.kind == "tangent"
+    ]
+    assert all(s.name.endswith(".output") for s in program.inputs if s.kind == "tangent")
+    runs = [lowered.function(*plain, *dots) for dots in signs(kinds)]
+    F.cross_entropy(net(x), y).backward()
+    found = {s.name for s in program.outputs if s.kind == "gradient"}
+    assert found == {name for name, _ in net.named_parameters()}
+    for i, slot in enumerate(program.outputs):
+        if slot.kind == "gradient":
+            mean = torch.stack([run[i] for run in runs]).mean(0)
+            torch.testing.assert_close(mean, state[slot.name].grad)
+
+
+@pytest.mark.parametrize("model", [mlp, images, Tied, Shared])
+def test_forward_gradients_come_near_the_gradient(model: Callable[[], nn.Module]) -> None:
+    net, x, y = batch(model)
+    grad = fwdcompile.ForwardGradient(
+        net,
+        each,
+        samples=64,
+        perturb="activations",
+        compile=False,
+        directions=fwdcompile.Rademacher(),
+    )
+    for _ in range(100):
+        loss = grad(x, y)
+    found = [p.grad / 100 for p in net.parameters() if p.grad is not None]
+    net.zero_grad()
+    expected = F.cross_entropy(net(x), y)
+    expected.backward()
+    torch.testing.assert_close(loss, expected.detach())
+    mine = torch.cat([x.flatten() for x in found])
+    true = torch.cat([p.grad.flatten() for p in net.parameters()])
+    assert (mine - true).norm() < 0.15 * true.norm()
+
+
+def test_a_parameter_of_no_layer_keeps_a_direction_of_its_own() -> None:
+    net, x, y = batch(Tied)
+    program = ActivityForward(Objective(net, each)).lower(x, y).program
+    tangents = [slot.name for slot in program.inputs if slot.kind == "tangent"]
+    # the table is read by an embedding and transposed: no layer owns it
+    assert sorted(tangents) == ["embed.weight", "scale"]
+    assert not [slot for slot in program.outputs if slot.kind == "gradient"]
+
+
+def test_rank_one_directions_stay_with_the_weights() -> None:
+    net, x, y = batch(Tied)
+    directions = fwdcompile.Rademacher(rank_one=True)
+    fwdcompile.ForwardGradient(
+        net, each, directions=directions, perturb="activations", compile=False
+    )(x, y)
+    assert all(p.grad is not None and p.grad.shape == p.shape for p in net.parameters())
+
+
+def test_losses_that_depend_on_other_examples_are_refused() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    x, y = torch.randn(5, 3), torch.tensor([0, 1, 0, 1, 1])
+    before = {name: buffer.clone() for name, buffer in net.named_buffers()}
+    grad = fwdcompile.ForwardGradient(net, each, perturb="activations", compile=False)
+    with pytest.raises(fwdcompile.LossError, match="batch norm in training"):
+        grad(x, y)
+    assert all(p.grad is None for p in net.parameters())
+    assert all(torch.equal(before[name], buffer) for name, buffer in net.named_buffers())
+    grad = fwdcompile.ForwardGradient(net, F.cross_entropy, perturb="activations", compile=False)
+    grad(x, y)
+    assert all(p.grad is not None for p in net.parameters())
+    net.zero_grad()
+    net.eval()
+    fwdcompile.ForwardGradient(net, each, perturb="activations", compile=False)(x, y)
+
+
+def test_the_check_draws_no_random_number_of_the_models() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 4), nn.Dropout(), nn.Linear(4, 2))
+    x, y = torch.randn(2, 3), torch.tensor([0, 1])
+    torch.manual_seed(3)
+    expected = each(net(x), y).mean()
+    torch.manual_seed(3)
+    loss = fwdcompile.ForwardGradient(net, each, perturb="activations", compile=False)(x, y)
+    torch.testing.assert_close(loss, expected.detach())
+
+
+def test_noise_is_less_than_by_weights() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(30, 20), nn.Tanh(), nn.Linear(20, 5)).double()
+    x, y = torch.randn(16, 30).double(), torch.randint(5, (16,))
+    errors = {}
+    F.cross_entropy(net(x), y).backward()
+    true = torch.cat([p.grad.flatten() for p in net.parameters()])
+    for perturb, loss in (("weights", F.cross_entropy), ("activations", each)):
+        grad = fwdcompile.ForwardGradient(net, loss, perturb=perturb, compile=False)
+        total = 0.0
+        for _ in range(50):
+            net.zero_grad()
+            grad(x, y)
+            mine = torch.cat([p.grad.flatten() for p in net.parameters()])
+            total += float((mine - true).square().sum())
+        errors[perturb] = total
+    assert errors["activations"] < 0.2 * errors["weights"]
+
+
+def test_a_transformer_compiled() -> None:
+    torch.manual_seed(0)
+    net = Decoder()
+    tokens = torch.randint(11, (3, 6))
+    eager, compiled = (
+        fwdcompile.ForwardGradient(net, perturb="activations", compile=c) for c in (False, True)
+    )
+    gradients = []
+    for grad in (eager, compiled):
+        net.zero_grad()
+        grad(tokens, tokens)
+        gradients.append([p.grad.clone() for p in net.parameters()])
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"perturb": "inputs"}, {"perturb": "activations", "dynamic": True}]
+)
+def test_what_cannot_be_is_refused(settings: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="perturb|activity"):
+        fwdcompile.ForwardGradient(mlp(), each, compile=False, **settings)
