@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+import zoo
+import zoo_models
 from nets import directions, reverse_jvp
 from torch import nn
 from torch.nn import functional as F
@@ -48,6 +50,22 @@ def test_model(name: str) -> None:
     for n, b in model.named_buffers():
         torch.testing.assert_close(b, after[n], rtol=1e-9, atol=1e-10)
     torch.testing.assert_close(slope, reverse_jvp(model, expected, dots), rtol=1e-8, atol=1e-9)
+
+
+PARTS = [name for name in zoo_models.PARTS if "backbone" not in name]
+ALL = [name for names in zoo_models.families().values() for name in names]
+
+
+@pytest.mark.parametrize("name", [*PARTS, "r3d_18", "lraspp_mobilenet_v3_large"])
+def test_detection_video_and_segmentation(name: str) -> None:
+    assert zoo.measure(name, training=True)["right"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", ALL)
+def test_all_models(name: str, training: bool) -> None:
+    assert zoo.measure(name, training)["right"]
 
 
 def test_vision_transformer_on_small_images() -> None:
