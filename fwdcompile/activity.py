@@ -202,10 +202,13 @@ class ActivityForward(Forward):
 
 
 @torch.no_grad()
-def check_examples(lowered: Lowered, tensors: Sequence[Tensor]) -> None:
+def check_examples(lowered: Lowered, tensors: Sequence[Tensor]) -> bool:
     """Refuses losses of examples that depend on other examples: their gradients would be wrong.
 
     Moves the outputs of the first example alone and looks whether other losses follow.
+
+    Returns:
+        Whether the slopes were finite: others say nothing.
 
     Raises:
         LossError: they do, as with batch norm in training.
@@ -213,7 +216,7 @@ def check_examples(lowered: Lowered, tensors: Sequence[Tensor]) -> None:
     program = lowered.program
     (loss,) = (value(node) for node, slot in program.results() if slot.kind == "output")
     if not loss.ndim:
-        return
+        return True
     plain, values = iter(tensors), []
     with torch.random.fork_rng():
         for node, slot in program.placeholders():
@@ -227,9 +230,12 @@ def check_examples(lowered: Lowered, tensors: Sequence[Tensor]) -> None:
                 values.append(next(plain))
         outs = lowered.function(*values)
     slopes = [out for out, s in zip(outs, program.outputs, strict=True) if s.kind == "tangent"]
+    if not all(slope.isfinite().all() for slope in slopes):
+        return False
     if any(slope[1:].any() for slope in slopes):
         raise LossError(
             "the loss of one example depends on the activations of another (batch norm in "
             "training?), or the first dimension of a layer's output is not that of the examples: "
             "return the mean loss in place of one for each example."
         )
+    return True

@@ -7,7 +7,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from .activity import ActivityForward, check_examples
 from .directions import Directions, Normal, RankOne, scaled, stream_keys
@@ -191,6 +190,7 @@ class ForwardGradient(Stepper):
         chosen = Normal() if directions is None else directions
         super().__init__(model, loss_fn, chosen, samples, seed, compile, mode, nonfinite, dynamic)
         self.perturb = perturb
+        self._checked: list[Plan] = []
         if perturb == "activations":
             self._forward = ActivityForward(self.objective)
 
@@ -202,17 +202,21 @@ class ForwardGradient(Stepper):
             LossError: the loss is not a floating-point tensor of no dimensions; or, with losses of
                 examples, that of one depends on another example.
         """
+        if self.perturb == "activations":
+            self._check_examples(inputs, kwargs)
         plan, loss, finite, gradients = self._run(inputs, kwargs)
         if self.nonfinite == "raise" or finite:
             for parameter, gradient in zip(plan.trained(), gradients, strict=True):
                 parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
         return loss  # type: ignore[no-any-return]
 
-    def _planned(self, lowered: Lowered, inputs: Sequence[Any], kwargs: dict[str, Any]) -> Plan:
-        plan = super()._planned(lowered, inputs, kwargs)
-        if self.perturb == "activations":
-            check_examples(lowered, plan.tensors(pytree.tree_leaves((inputs, kwargs))))
-        return plan
+    def _check_examples(self, inputs: Sequence[Any], kwargs: dict[str, Any]) -> None:
+        """Looks once at each program, with the first inputs that give finite numbers."""
+        plan, leaves = self._plan(inputs, kwargs)
+        if all(plan is not known for known in self._checked) and check_examples(
+            plan.lowered, plan.tensors(leaves)
+        ):
+            self._checked.append(plan)
 
     def _check(self, lowered: Lowered) -> None:
         check_loss(lowered, most=int(self.perturb == "activations"))

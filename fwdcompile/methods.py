@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 
 from .directions import Directions, Normal, Rademacher, RankOne, stream_keys
 from .errors import NonFiniteError
-from .fgd import FGD
+from .fgd import FGD, ForwardGradient
 
 DIRECTIONS: dict[str, type[Directions]] = {"normal": Normal, "rademacher": Rademacher}
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
@@ -39,7 +39,7 @@ class Config:
         rank_one: directions of weights are outer products of two random vectors.
         samples: directions a step, for the forward-gradient methods.
         every: steps between two looks at the validation set; their time does not count.
-        compile: False runs `fgd` as generated; a method whose name ends in -compiled compiles.
+        compile: False runs the `fgd` methods as generated; a name that ends in -compiled compiles.
         mode: torch.compile's mode.
         skip_nonfinite: leaves steps out that are not finite, in place of stopping.
 
@@ -87,7 +87,7 @@ class Config:
 
     def compiles(self, method: str) -> bool:
         """Whether the step of a method is compiled."""
-        return method.endswith("-compiled") or (method == "fgd" and self.compile)
+        return method.endswith("-compiled") or (method.startswith("fgd") and self.compile)
 
 
 def fgd(model: nn.Module, config: Config, seed: int) -> Step:
@@ -105,6 +105,31 @@ def fgd(model: nn.Module, config: Config, seed: int) -> Step:
         nonfinite="skip" if config.skip_nonfinite else "raise",
     )
     return trainer.step
+
+
+def activities(model: nn.Module, config: Config, seed: int) -> Step:
+    """Forward gradients by activity perturbation, one loss for each example, and SGD."""
+    gradient = ForwardGradient(
+        model,
+        functools.partial(cross_entropy, reduction="none"),
+        directions=config.source,
+        samples=config.samples,
+        seed=seed,
+        compile=config.compile,
+        mode=config.mode,
+        nonfinite="skip" if config.skip_nonfinite else "raise",
+        perturb="activations",
+    )
+    optimizer = torch.optim.SGD(model.parameters(), lr=config.lr, fused=True)
+
+    def step(x: Tensor, y: Tensor) -> Tensor:
+        optimizer.param_groups[0]["lr"] = config.lr * math.exp(-config.decay * gradient.iteration)
+        optimizer.zero_grad()
+        loss = gradient(x, y)
+        optimizer.step()
+        return loss
+
+    return step
 
 
 def backprop(model: nn.Module, config: Config, seed: int, compiled: bool = False) -> Step:
@@ -184,6 +209,7 @@ def torch_jvp(
 
 METHODS: dict[str, Callable[[nn.Module, Config, int], Step]] = {
     "fgd": fgd,
+    "fgd-activations": activities,
     "backprop": backprop,
     "backprop-compiled": functools.partial(backprop, compiled=True),
     "torch-jvp": torch_jvp,

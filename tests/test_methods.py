@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 from fwdcompile.errors import NonFiniteError
 from fwdcompile.methods import METHODS, Config
 
-EAGER = ("fgd", "backprop", "torch-jvp")
+EAGER = ("fgd", "fgd-activations", "backprop", "torch-jvp")
 
 
 def config(**changes: Any) -> Config:
@@ -78,7 +78,7 @@ def test_forward_gradient_moves_along_one_direction_by_its_slope(
             assert float((flat * v).mean()) == pytest.approx(abs(expected), rel=1e-3)
 
 
-@pytest.mark.parametrize("method", ["fgd", "torch-jvp"])
+@pytest.mark.parametrize("method", ["fgd", "fgd-activations", "torch-jvp"])
 def test_more_samples_bring_the_move_nearer_to_the_gradient(method: str) -> None:
     def similarity(samples: int) -> float:
         model, x, y = problem()
@@ -150,7 +150,7 @@ def test_compiled_peer_takes_the_very_steps_of_fgd(rank_one: bool) -> None:
         ({"every": 0}, "every must be"),
         ({"methods": ()}, "name each method once, not none"),
         ({"methods": ("fgd", "fgd")}, "name each method once"),
-        ({"methods": ("adam",)}, "no method is called 'adam'; there are fgd, backprop"),
+        ({"methods": ("adam",)}, "no method is called 'adam'; there are fgd, fgd-activations"),
         ({"directions": "uniform"}, "no kind of directions is called 'uniform'"),
         ({"mode": "fast"}, "no mode of torch.compile is called 'fast'"),
         ({"lr": 0.0}, "lr must be positive"),
@@ -167,9 +167,10 @@ def test_config_refuses(changes: dict[str, Any], message: str) -> None:
 
 def test_which_methods_compile() -> None:
     assert [m for m in METHODS if Config().compiles(m)] == [
-        "fgd", "backprop-compiled", "torch-jvp-compiled", "torch-jvp-randn-compiled",
+        "fgd", "fgd-activations", "backprop-compiled", "torch-jvp-compiled", "torch-jvp-randn-compiled",
     ]  # fmt: skip
     assert not config().compiles("fgd")
+    assert not config().compiles("fgd-activations")
 
 
 @pytest.mark.compiled
