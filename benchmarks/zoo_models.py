@@ -31,7 +31,7 @@ SEGMENTATION = (
 # Reverse mode stops at torch.no_grad, forward mode does not.
 STOPPED = ("complete_box_iou_loss",)
 # What the models can be made smaller by, and the sizes of images that they then take.
-SIZES = {"inception_v3": 128}
+SIZES = {"inception_v3": 299}
 PLAIN: dict[str, Any] = {"weights": None}
 
 
