@@ -360,6 +360,18 @@ def _apply(site: _Site, dots: dict[str, Any]) -> Any:
     return _sum(terms)
 
 
+def through(node: fx.Node, d: Tensor, recorder: Recorder) -> Any:
+    """The tangent of a node from that of its first operand, by its row, inside a recorder.
+
+    An elementwise op of one operand has a diagonal derivative, its own transpose.
+    """
+    row = rule.table[node.target]  # type: ignore[index]
+    bound = bind_call(row.op, node.args, node.kwargs)
+    arguments = fx.map_arg(bound, recorder.fake)
+    site = _Site(node, row, arguments, recorder.fake(node))  # type: ignore[arg-type]
+    return _apply(site, {row.op._schema.arguments[0].name: d})
+
+
 def _filled(d: Any, primal: Any) -> Any:
     """A tangent with zeros for what is absent, because a jointly linear op needs every operand."""
     if isinstance(primal, list | tuple):

@@ -52,6 +52,10 @@ def mlp() -> nn.Module:
     return nn.Sequential(nn.Linear(3, 2), nn.Tanh(), nn.Linear(2, 3, bias=False))
 
 
+def rectified() -> nn.Module:
+    return nn.Sequential(nn.Linear(3, 3), nn.GELU(), nn.ReLU(), nn.Linear(3, 2))
+
+
 def images() -> nn.Module:
     convolution = nn.Conv2d(1, 2, 2, stride=2, padding=1)
     return nn.Sequential(convolution, nn.Tanh(), nn.Flatten(), nn.Linear(8, 2))
@@ -60,7 +64,12 @@ def images() -> nn.Module:
 def batch(model: Callable[[], nn.Module]) -> tuple[nn.Module, Tensor, Tensor]:
     torch.manual_seed(0)
     net = model().double()
-    x = {images: torch.randn(2, 1, 3, 3), mlp: torch.randn(2, 3), Shared: torch.randn(2, 2)}
+    x = {
+        images: torch.randn(2, 1, 3, 3),
+        mlp: torch.randn(2, 3),
+        rectified: torch.randn(2, 3),
+        Shared: torch.randn(2, 2),
+    }
     inputs = x[model].double() if model in x else torch.tensor([1, 3])
     return net, inputs, torch.tensor([0, 1])
 
@@ -78,7 +87,7 @@ def signs(kinds: list[Any]) -> Any:
 
 
 @pytest.mark.parametrize("loss", [each, F.cross_entropy])
-@pytest.mark.parametrize("model", [mlp, Shared])
+@pytest.mark.parametrize("model", [mlp, rectified, Shared])
 def test_the_mean_over_all_directions_is_the_gradient(
     model: Callable[[], nn.Module], loss: Callable[..., Tensor]
 ) -> None:
@@ -124,6 +133,14 @@ def test_forward_gradients_come_near_the_gradient(model: Callable[[], nn.Module]
     mine = torch.cat([x.flatten() for x in found])
     true = torch.cat([p.grad.flatten() for p in net.parameters()])
     assert (mine - true).norm() < 0.15 * true.norm()
+
+
+def test_an_activation_function_is_perturbed_behind() -> None:
+    net, x, y = batch(rectified)
+    code = ActivityForward(Objective(net, each)).lower(x, y).code
+    assert "relu_shift_dot: f64[2, 3]," in code
+    # the first layer, GELU and ReLU have no tangent: u passes back through their slopes alone
+    assert "relu_dot" not in code and "gelu_dot" not in code and "linear_dot" not in code
 
 
 def test_a_parameter_of_no_layer_keeps_a_direction_of_its_own() -> None:
