@@ -1,4 +1,4 @@
-"""Checks in torch.nn that read a tensor's values, which a captured program cannot do."""
+"""Checks in torch that read a tensor's values, which a captured program cannot do."""
 
 from __future__ import annotations
 
@@ -9,21 +9,28 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from torch._C import DispatchKey
 from torch.nn import functional
 from torch.nn.modules import transformer
+
+from . import rule
 
 _gaussian_nll_loss = functional.gaussian_nll_loss
 
 
 @contextmanager
 def without_value_checks() -> Iterator[None]:
-    """Leaves out two checks while a model is captured; what they guard is computed all the same.
+    """Leaves out checks while a model is captured; what they guard is computed all the same.
 
     `nn.Transformer` and its parts ask whether a mask is causal, to choose a faster kernel: the
     program applies the mask as it is. `nn.GaussianNLLLoss` asks whether a variance is negative:
-    the program takes it for `eps`, as the loss does with what is below it.
+    the program takes it for `eps`, as the loss does with what is below it. `torch.cov` and
+    `torch.corrcoef` ask whether weights are valid, and are captured as what lowers them.
     """
     with ExitStack() as stack:
+        for op in (torch.ops.aten.cov.default, torch.ops.aten.corrcoef.default):
+            lower = {DispatchKey.CompositeImplicitAutograd: rule.lowerings[op]}
+            stack.enter_context(mock.patch.dict(op.py_kernels, lower))
         for owner, name, instead in (
             (transformer, "_detect_is_causal_mask", _is_causal),
             (functional, "gaussian_nll_loss", _unchecked),

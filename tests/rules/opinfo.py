@@ -23,10 +23,8 @@ Outputs = tuple[Tensor, ...]
 
 # Entries of which some samples are refused, with the words of the user's error that say why.
 REFUSED: dict[str, str] = {
-    "cov": "decides in Python by the value of a tensor",
     "as_strided_partial_views": "lead out of its tensor's own memory",
     "combinations": "cannot be captured",
-    "corrcoef": "decides in Python by the value of a tensor",
     "narrow": "cannot be captured",
     "nextafter": "no row in the rule table",
     "sparse_mm_reduce": "to_dense",
