@@ -135,13 +135,12 @@ def forward(
     del transpose_2, unbind_out0_dot
     add_6: f32[2, 2, 6, 6] = matmul_1 + mul_8 @ aten.transpose.int(unbind_out1_dot, -2, -1)
     del matmul_1, mul_8, unbind_out1_dot
-    mul_11: f32[2, 2, 6, 6] = safe_softmax * add_6
+    sub_3: f32[2, 2, 6, 6] = add_6 - aten.sum.dim_IntList(safe_softmax * add_6, [-1], True)
     del add_6
-    sum_1: f32[2, 2, 6, 1] = aten.sum.dim_IntList(mul_11, [-1], True)
-    sub_3: f32[2, 2, 6, 8] = mul_11 @ unbind_out2 - sum_1 * scaled_dot_product_attention
-    del mul_11, sum_1, unbind_out2
-    scaled_dot_product_attention_dot: f32[2, 2, 6, 8] = sub_3 + safe_softmax @ unbind_out2_dot
-    del safe_softmax, sub_3, unbind_out2_dot
+    matmul_3: f32[2, 2, 6, 8] = safe_softmax * sub_3 @ unbind_out2
+    del sub_3, unbind_out2
+    scaled_dot_product_attention_dot: f32[2, 2, 6, 8] = matmul_3 + safe_softmax @ unbind_out2_dot
+    del matmul_3, safe_softmax, unbind_out2_dot
     # tests/nets.py:78: x = x + self.out(mixed.transpose(1, 2).reshape(batch, length, width))
     transpose: f32[2, 6, 2, 8] = aten.transpose.int(scaled_dot_product_attention, 1, 2)
     del scaled_dot_product_attention
@@ -254,15 +253,14 @@ def forward(
     del mul_29, unbind_1_out1_dot
     add_9: f32[2, 2, 6, 6] = unbind_1_out0_dot * 0.35355339059327373 @ transpose_5 + matmul_7
     del matmul_7, transpose_5, unbind_1_out0_dot
-    mul_32: f32[2, 2, 6, 6] = safe_softmax_1 * add_9
+    sub_10: f32[2, 2, 6, 6] = add_9 - aten.sum.dim_IntList(safe_softmax_1 * add_9, [-1], True)
     del add_9
-    sum_2: f32[2, 2, 6, 1] = aten.sum.dim_IntList(mul_32, [-1], True)
-    sub_10: f32[2, 2, 6, 8] = mul_32 @ unbind_1_out2 - sum_2 * scaled_dot_product_attention_1
-    del mul_32, sum_2, unbind_1_out2
+    matmul_8: f32[2, 2, 6, 8] = safe_softmax_1 * sub_10 @ unbind_1_out2
+    del sub_10, unbind_1_out2
     matmul_9: f32[2, 2, 6, 8] = safe_softmax_1 @ unbind_1_out2_dot
     del safe_softmax_1, unbind_1_out2_dot
-    scaled_dot_product_attention_1_dot: f32[2, 2, 6, 8] = sub_10 + matmul_9
-    del matmul_9, sub_10
+    scaled_dot_product_attention_1_dot: f32[2, 2, 6, 8] = matmul_8 + matmul_9
+    del matmul_8, matmul_9
     # tests/nets.py:78: x = x + self.out(mixed.transpose(1, 2).reshape(batch, length, width))
     transpose_1: f32[2, 6, 2, 8] = aten.transpose.int(scaled_dot_product_attention_1, 1, 2)
     del scaled_dot_product_attention_1

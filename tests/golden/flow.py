@@ -77,13 +77,14 @@ def forward(
     safe_softmax: f32[2, 1, 3, 3] = aten._safe_softmax(mul_6 @ transpose, -1)
     matmul_2: f32[2, 1, 3, 3] = mul_6 @ aten.transpose.int(split_out1_dot, -2, -1)
     del mul_6, split_out1_dot
-    mul_9: f32[2, 1, 3, 3] = safe_softmax * (split_out0_dot * 0.25 @ transpose + matmul_2)
+    add_2: f32[2, 1, 3, 3] = split_out0_dot * 0.25 @ transpose + matmul_2
     del matmul_2, split_out0_dot, transpose
-    sum_1: f32[2, 1, 3, 1] = aten.sum.dim_IntList(mul_9, [-1], True)
-    sub_3: f32[2, 1, 3, 16] = mul_9 @ split_out2 - sum_1 * scaled_dot_product_attention
-    del mul_9, split_out2, sum_1
-    scaled_dot_product_attention_dot: f32[2, 1, 3, 16] = sub_3 + safe_softmax @ split_out2_dot
-    del safe_softmax, split_out2_dot, sub_3
+    sub_3: f32[2, 1, 3, 3] = add_2 - aten.sum.dim_IntList(safe_softmax * add_2, [-1], True)
+    del add_2
+    matmul_3: f32[2, 1, 3, 16] = safe_softmax * sub_3 @ split_out2
+    del split_out2, sub_3
+    scaled_dot_product_attention_dot: f32[2, 1, 3, 16] = matmul_3 + safe_softmax @ split_out2_dot
+    del matmul_3, safe_softmax, split_out2_dot
     squeeze: f32[2, 3, 16] = aten.squeeze.dim(scaled_dot_product_attention, 1)
     del scaled_dot_product_attention
     squeeze_dot: f32[2, 3, 16] = aten.squeeze.dim(scaled_dot_product_attention_dot, 1)

@@ -150,13 +150,9 @@ def test_the_tangent_has_its_primals_dtype(dtype: torch.dtype) -> None:
     assert dots[0].dtype == outs[0].dtype == dtype
 
 
-@pytest.mark.parametrize(
-    "function",
-    [lambda x: x.as_strided([2, 2], [1, 2]), lambda x: x.view(torch.float32)],
-)
-def test_views_of_raw_memory_are_refused(function: Any) -> None:
-    with pytest.raises(fwdcompile.MissingRuleError, match="strides|bits"):
-        fwdcompile.jvp(function, (X,), (Y,))
+def test_views_of_raw_bits_are_refused() -> None:
+    with pytest.raises(fwdcompile.MissingRuleError, match="bits"):
+        fwdcompile.jvp(lambda x: x.view(torch.float32), (X,), (Y,))
 
 
 def test_every_row_has_a_sample() -> None:
