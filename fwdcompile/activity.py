@@ -4,8 +4,7 @@ A direction in the outputs of a layer has fewer dimensions than one in its weigh
 of a batch has its own: the estimate is far less noisy (Ren, Kornblith, Liao and Hinton, "Scaling
 forward gradient with local losses", 2023, section 3). With y = x W' and e the direction of y, the
 forward gradient of y is u = (d f / d e) e, and that of W is u' x: the layer's own chain rule.
-Where an activation function follows, e is the direction of what that puts out, and u passes back
-through its slope: a unit that is off gets no noise.
+Where a rectifier follows, u passes through that, too: a unit that is off has the gradient zero.
 """
 
 from __future__ import annotations
@@ -35,13 +34,13 @@ class Layer:
 
     Attributes:
         node: name of the node in the captured graph and in the transformed one.
-        activations: names of the elementwise nodes of one operand that follow it, in order.
-        slot: name of the tangent input that is the direction of the last one's output.
+        gates: names of the rectifiers that follow it, in order.
+        slot: name of the tangent input that is the output's direction.
         parameters: by argument of the op, the names of the parameters that get a gradient.
     """
 
     node: str
-    activations: tuple[str, ...]
+    gates: tuple[str, ...]
     slot: str
     parameters: Mapping[str, str]
 
@@ -74,6 +73,15 @@ _GRADIENTS: dict[Any, Callable[[Tensor, Mapping[str, Any]], Gradients]] = {
     aten.conv3d.default: _convolution,
     aten.embedding.default: _embedding,
 }
+# Their derivative is zero or one, and so its own square: it takes the noise out of what is zero.
+_GATES = {
+    aten.relu.default,
+    aten.relu6.default,
+    aten.hardtanh.default,
+    aten.threshold.default,
+    aten.hardshrink.default,
+    aten.softshrink.default,
+}
 _BATCHED = {aten.linear.default: 2, aten.embedding.default: 2}
 
 
@@ -99,12 +107,10 @@ def perturb(program: Program, trained: Collection[str]) -> tuple[Program, list[L
         known = ((arg, bound.get(arg)) for arg in ("weight", "bias"))
         parameters = {arg: owned[x] for arg, x in known if x in owned}
         if parameters:
-            chain = _activations(node)
-            names_of_chain = tuple(x.name for x in chain)
-            layer = Layer(node.name, names_of_chain, f"{node.name}{_OUTPUT}", parameters)
-            layers.append(layer)
-            slots.append(Slot("input", layer.slot))
-            _shift(graph, [node, *chain][-1])
+            gates = tuple(gate.name for gate in _gates(node))
+            layers.append(Layer(node.name, gates, f"{node.name}{_OUTPUT}", parameters))
+            slots.append(Slot("input", layers[-1].slot))
+            _shift(graph, node)
     return replace(program, inputs=(*program.inputs, *slots)), layers
 
 
@@ -119,30 +125,10 @@ def _is_layer(node: fx.Node) -> bool:
     return value(node).ndim >= least and data not in (bound["weight"], bound.get("bias"))
 
 
-def _activations(node: fx.Node) -> list[fx.Node]:
-    """Elementwise functions of one real operand, each the only user of the one before."""
-    chain: list[fx.Node] = []
-    while len(node.users) == 1:
-        (user,) = node.users
-        tags, row = getattr(user.target, "tags", ()), rule.table.get(user.target)  # type: ignore
-        known = row is not None and row.word in ("pointwise", "jvp")
-        if not known or torch.Tag.pointwise not in tags or user.all_input_nodes != [node]:
-            break
-        if user.args[0] is not node or node in user.args[1:] or not _alike(user, node):
-            break
-        chain.append(user)
-        node = user
-    return chain
-
-
-def _alike(a: fx.Node, b: fx.Node) -> bool:
-    x, y = value(a), value(b)
-    return (
-        isinstance(x, Tensor)
-        and x.dtype == y.dtype
-        and x.shape == y.shape
-        and x.is_floating_point()
-    )
+def _gates(node: fx.Node) -> list[fx.Node]:
+    """Functions of slope zero or one, each the only user of the one before."""
+    users = list(node.users)
+    return [users[0], *_gates(users[0])] if len(users) == 1 and users[0].target in _GATES else []
 
 
 def _shift(graph: fx.Graph, node: fx.Node) -> None:
@@ -198,7 +184,7 @@ def gradients(program: Program, layers: Sequence[Layer], samples: int) -> Progra
             node = nodes[layer.node]
             bound = bind_call(node.target, node.args, node.kwargs)  # type: ignore[arg-type]
             u = u if samples == 1 else u / samples
-            for name in reversed(layer.activations):
+            for name in reversed(layer.gates):
                 u = through(nodes[name], u, recorder)
             grads = _GRADIENTS[node.target](u, fx.map_arg(bound, recorder.fake))  # type: ignore
             for argument, name in layer.parameters.items():

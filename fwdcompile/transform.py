@@ -361,10 +361,7 @@ def _apply(site: _Site, dots: dict[str, Any]) -> Any:
 
 
 def through(node: fx.Node, d: Tensor, recorder: Recorder) -> Any:
-    """The tangent of a node from that of its first operand, by its row, inside a recorder.
-
-    An elementwise op of one operand has a diagonal derivative, its own transpose.
-    """
+    """The tangent of a node from that of its first operand, by its row, inside a recorder."""
     row = rule.table[node.target]  # type: ignore[index]
     bound = bind_call(row.op, node.args, node.kwargs)
     arguments = fx.map_arg(bound, recorder.fake)

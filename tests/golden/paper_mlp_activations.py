@@ -19,8 +19,8 @@ def forward(
     arg_5_bias: f32[10],
     input_1: f32[64, 1, 8, 8],
     target: i64[64],
-    relu_shift_dot: f32[64, 1024],
-    relu_1_shift_dot: f32[64, 1024],
+    linear_shift_dot: f32[64, 1024],
+    linear_1_shift_dot: f32[64, 1024],
     linear_2_shift_dot: f32[64, 10],
 ):
     # module 0
@@ -32,19 +32,22 @@ def forward(
     # module 2
     relu: f32[64, 1024] = aten.relu(linear)
     del linear
+    gt: b8[64, 1024] = relu > 0
+    relu_dot: f32[64, 1024] = torch.where(gt, linear_shift_dot, 0)
 
     # module 3
     linear_1: f32[64, 1024] = aten.linear(relu, arg_3_weight, arg_3_bias)
-    linear_1_dot: f32[64, 1024] = aten.linear(relu_shift_dot, arg_3_weight)
+    linear_1_of_input_dot: f32[64, 1024] = aten.linear(relu_dot, arg_3_weight)
+    del relu_dot
+    linear_1_dot: f32[64, 1024] = linear_1_of_input_dot + linear_1_shift_dot
+    del linear_1_of_input_dot
 
     # module 4
     relu_1: f32[64, 1024] = aten.relu(linear_1)
     del linear_1
-    gt: b8[64, 1024] = relu_1 > 0
-    relu_1_of_input_dot: f32[64, 1024] = torch.where(gt, linear_1_dot, 0)
+    gt_1: b8[64, 1024] = relu_1 > 0
+    relu_1_dot: f32[64, 1024] = torch.where(gt_1, linear_1_dot, 0)
     del linear_1_dot
-    relu_1_dot: f32[64, 1024] = relu_1_of_input_dot + relu_1_shift_dot
-    del relu_1_of_input_dot
 
     # module 5
     linear_2: f32[64, 10] = aten.linear(relu_1, arg_5_weight, arg_5_bias)
@@ -64,15 +67,16 @@ def forward(
 
     # module 1
     view_1: f32[64, 1] = aten.view(nll_loss_nd_dot / 64, [-1, 1])
-    where: f32[64, 1024] = torch.where(relu > 0, relu_shift_dot * view_1, 0)
+    where: f32[64, 1024] = torch.where(gt, linear_shift_dot * view_1, 0)
+    del gt
     arg_1_weight_grad: f32[1024, 64] = aten.transpose.int(where, -2, -1) @ view
     del view
     arg_1_bias_grad: f32[1024] = aten.sum.dim_IntList(where, [0])
     del where
 
     # module 3
-    where_1: f32[64, 1024] = torch.where(gt, relu_1_shift_dot * view_1, 0)
-    del gt
+    where_1: f32[64, 1024] = torch.where(gt_1, linear_1_shift_dot * view_1, 0)
+    del gt_1
     arg_3_weight_grad: f32[1024, 1024] = aten.transpose.int(where_1, -2, -1) @ relu
     del relu
     arg_3_bias_grad: f32[1024] = aten.sum.dim_IntList(where_1, [0])
