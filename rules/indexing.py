@@ -62,7 +62,8 @@ def _bag(
     if mode != 2:
         return call(weight=d)[0], None, None, None
     _, _, size, rows = out
-    return d.gather(0, rows).masked_fill((size == 0).unsqueeze(-1), 0), None, None, None
+    empty = (size[: rows.shape[0]] == 0).unsqueeze(-1)  # a last offset may be no bag's
+    return d.gather(0, rows).masked_fill(empty, 0), None, None, None
 
 
 for _op in (aten._embedding_bag.default, aten._embedding_bag_forward_only.default):

@@ -102,6 +102,22 @@ def test_embedding_bags_with_an_empty_bag(op: Any, mode: int, padding: int) -> N
     check(op, *args, oracle="difference")
 
 
+@pytest.mark.parametrize("mode", [0, 1, 2])
+def test_embedding_bags_with_a_last_offset(mode: int) -> None:
+    offsets = torch.tensor([0, 2, 5])
+
+    def bags(weight: Tensor) -> Tensor:
+        name = ("sum", "mean", "max")[mode]
+        return torch.nn.functional.embedding_bag(
+            BAGS[0], weight, offsets, mode=name, include_last_offset=True
+        )
+
+    out, out_dot = fwdcompile.jvp(bags, (X,), (Y,))
+    torch.testing.assert_close(out, bags(X))
+    difference = (bags(X + 1e-6 * Y) - bags(X - 1e-6 * Y)) / 2e-6
+    torch.testing.assert_close(out_dot, difference, rtol=1e-6, atol=1e-8)
+
+
 def test_weighted_embedding_bag() -> None:
     args = (X, *BAGS, False, 0, False, _t(5, seed=4))
     check(aten._embedding_bag.default, *args, oracle="difference", wrt=(0, 3))
