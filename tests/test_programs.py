@@ -78,8 +78,10 @@ def second_like_torch(program: Program) -> None:
     try:
         expected = torch_jvp(first, program.inputs, v)
     except RuntimeError as error:
-        # torch refuses to write to some tangents that are zero: nothing to compare with
+        # torch refuses to write to some tangents that are zero, and has no second derivative of
+        # some ops: nothing to compare with
         assume("ZeroTensors are immutable" not in str(error))
+        assume("that does not support it" not in str(error))
         raise
     assert_tangents(program, y_ddot, expected)
 
@@ -199,5 +201,5 @@ def test_a_failing_program_is_shrunk_and_printed_as_a_script():
         check_programs(refuses_products, 50)
     notes = "\n".join(raised.value.__notes__)
     script = notes[notes.index("import math") : notes.rindex(",\n)")]
-    assert script.count("\n    v") < LEAST_STEPS
+    assert script.count("\n    v") <= LEAST_STEPS
     exec(script, {})
