@@ -10,7 +10,6 @@ eagerly in a process of its own; the peak is that of memory.py.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import subprocess
@@ -21,7 +20,7 @@ from typing import Any
 
 import torch
 from memory import ALLOCATOR, MIB, resident_peak
-from results import RESULTS, THREADS
+from results import RESULTS, THREADS, publish
 from torch import Tensor
 
 import fwdcompile
@@ -100,10 +99,7 @@ def main() -> None:
         for mask in ("none", "causal")
     ]
     result = {"environment": environment(torch.device("cpu")), "rows": rows}
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "attention-cpu.json").write_text(json.dumps(result, indent=2) + "\n")
-    (options.out / "attention-cpu.md").write_text(page(result))
-    print(page(result))
+    publish(options.out, "attention-cpu", result, page(result))
 
 
 if __name__ == "__main__":

@@ -98,9 +98,7 @@ def compare(case: opinfo.Case) -> dict[str, Any]:
     named = {f"xs.{i}": dot for i, dot in dots.items()}
 
     def first(*xs: Tensor) -> Tensors:
-        full = list(case.tensors)
-        for i, x in zip(dots, xs, strict=True):
-            full[i] = x
+        full = opinfo.filled(case, dots, xs)
         outs, out_dots = opinfo.seeded(lambda: fwd(*full, tangents=named))
         return [d for x, d in zip(outs, out_dots, strict=True) if is_differentiable(x)]
 

@@ -9,7 +9,6 @@ medians after one run for warming up.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from results import RESULTS
+from results import RESULTS, publish
 from torch import Tensor, nn
 from zoo_models import build
 
@@ -114,10 +113,7 @@ def main() -> None:
         "stacks": stacks,
         "models": models,
     }
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "capture-cpu.json").write_text(json.dumps(result, indent=1) + "\n")
-    (options.out / "capture-cpu.md").write_text(page(result))
-    print(page(result))
+    publish(options.out, "capture-cpu", result, page(result))
 
 
 if __name__ == "__main__":

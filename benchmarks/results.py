@@ -35,6 +35,14 @@ def parser(description: str) -> argparse.ArgumentParser:
     return options
 
 
+def publish(directory: Path, name: str, result: dict[str, Any], page: str) -> None:
+    """Writes a result as JSON and its page, and prints the page."""
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
+    (directory / f"{name}.md").write_text(page)
+    print(page)
+
+
 def methods_for(work: str, asked: list[str] | None) -> list[str]:
     """What was asked for, or all; the JAX peer is written for sequences of layers only."""
     return [m for m in asked or STEPS if m != "jax-jvp" or not WORKS[work].stages]

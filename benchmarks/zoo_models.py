@@ -30,7 +30,7 @@ SEGMENTATION = (
 )
 # Reverse mode stops at torch.no_grad, forward mode does not.
 STOPPED = ("complete_box_iou_loss",)
-# What the models can be made smaller by, and the sizes of images that they then take.
+# Images of 64 by 64 are too small for its auxiliary classifier.
 SIZES = {"inception_v3": 299}
 PLAIN: dict[str, Any] = {"weights": None}
 
@@ -95,8 +95,8 @@ def _boxes(count: int) -> Tensor:
     return torch.cat([corner, corner + 0.1 + torch.rand(count, 2)], 1)
 
 
-def _maps() -> tuple[Tensor, Tensor]:
-    return torch.rand(2, 16, 8, 8), torch.rand(2, 16, 4, 4)
+def _maps(channels: int = 16) -> tuple[Tensor, Tensor]:
+    return torch.rand(2, channels, 8, 8), torch.rand(2, channels, 4, 4)
 
 
 def _listed(module: nn.Module) -> nn.Module:
@@ -130,7 +130,7 @@ PARTS: dict[str, Callable[[], tuple[nn.Module, tuple[Any, ...]]]] = {
     "retinanet head": _detector(
         lambda d, v: (_listed(d.retinanet.RetinaNetHead(16, 3, 4)), _maps())
     ),
-    "fcos head": _detector(lambda d, v: (_listed(d.fcos.FCOSHead(32, 1, 4)), _wide_maps())),
+    "fcos head": _detector(lambda d, v: (_listed(d.fcos.FCOSHead(32, 1, 4)), _maps(32))),
     "ssd head": _detector(lambda d, v: (_listed(d.ssd.SSDHead([16, 16], [4, 4], 5)), _maps())),
     "box head": _detector(
         lambda d, v: (
@@ -173,7 +173,3 @@ PARTS: dict[str, Callable[[], tuple[nn.Module, tuple[Any, ...]]]] = {
         for kind in ("generalized", "complete", "distance")
     },
 }
-
-
-def _wide_maps() -> tuple[Tensor, Tensor]:
-    return torch.rand(2, 32, 8, 8), torch.rand(2, 32, 4, 4)

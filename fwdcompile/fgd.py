@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -190,7 +190,7 @@ class ForwardGradient(Stepper):
         chosen = Normal() if directions is None else directions
         super().__init__(model, loss_fn, chosen, samples, seed, compile, mode, nonfinite, dynamic)
         self.perturb = perturb
-        self._checked: list[Plan] = []
+        self._checked: set[Plan] = set()
         if perturb == "activations":
             self._forward = ActivityForward(self.objective)
 
@@ -202,21 +202,17 @@ class ForwardGradient(Stepper):
             LossError: the loss is not a floating-point tensor of no dimensions; or, with losses of
                 examples, that of one depends on another example.
         """
-        if self.perturb == "activations":
-            self._check_examples(inputs, kwargs)
         plan, loss, finite, gradients = self._run(inputs, kwargs)
         if self.nonfinite == "raise" or finite:
             for parameter, gradient in zip(plan.trained(), gradients, strict=True):
                 parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
         return loss  # type: ignore[no-any-return]
 
-    def _check_examples(self, inputs: Sequence[Any], kwargs: dict[str, Any]) -> None:
+    def _admit(self, plan: Plan, tensors: list[Tensor]) -> None:
         """Looks once at each program, with the first inputs that give finite numbers."""
-        plan, leaves = self._plan(inputs, kwargs)
-        if all(plan is not known for known in self._checked) and check_examples(
-            plan.lowered, plan.tensors(leaves)
-        ):
-            self._checked.append(plan)
+        if self.perturb == "activations" and plan not in self._checked:
+            if check_examples(plan.lowered, tensors):
+                self._checked.add(plan)
 
     def _check(self, lowered: Lowered) -> None:
         check_loss(lowered, most=int(self.perturb == "activations"))

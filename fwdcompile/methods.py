@@ -85,6 +85,10 @@ class Config:
         """Where directions come from."""
         return DIRECTIONS[self.directions](rank_one=self.rank_one)
 
+    def rate(self, iteration: int) -> float:
+        """The learning rate of one iteration."""
+        return self.lr * math.exp(-self.decay * iteration)
+
     def compiles(self, method: str) -> bool:
         """Whether the step of a method is compiled."""
         return method.endswith("-compiled") or (method.startswith("fgd") and self.compile)
@@ -97,14 +101,20 @@ def fgd(model: nn.Module, config: Config, seed: int) -> Step:
         cross_entropy,
         lr=config.lr,
         decay=config.decay,
-        directions=config.source,
-        samples=config.samples,
-        seed=seed,
-        compile=config.compile,
-        mode=config.mode,
-        nonfinite="skip" if config.skip_nonfinite else "raise",
+        **_settings(config, seed),
     )
     return trainer.step
+
+
+def _settings(config: Config, seed: int) -> dict[str, Any]:
+    return {
+        "directions": config.source,
+        "samples": config.samples,
+        "seed": seed,
+        "compile": config.compile,
+        "mode": config.mode,
+        "nonfinite": "skip" if config.skip_nonfinite else "raise",
+    }
 
 
 def activities(model: nn.Module, config: Config, seed: int) -> Step:
@@ -112,18 +122,13 @@ def activities(model: nn.Module, config: Config, seed: int) -> Step:
     gradient = ForwardGradient(
         model,
         functools.partial(cross_entropy, reduction="none"),
-        directions=config.source,
-        samples=config.samples,
-        seed=seed,
-        compile=config.compile,
-        mode=config.mode,
-        nonfinite="skip" if config.skip_nonfinite else "raise",
+        **_settings(config, seed),
         perturb="activations",
     )
     optimizer = torch.optim.SGD(model.parameters(), lr=config.lr, fused=True)
 
     def step(x: Tensor, y: Tensor) -> Tensor:
-        optimizer.param_groups[0]["lr"] = config.lr * math.exp(-config.decay * gradient.iteration)
+        optimizer.param_groups[0]["lr"] = config.rate(gradient.iteration)
         optimizer.zero_grad()
         loss = gradient(x, y)
         optimizer.step()
@@ -148,7 +153,7 @@ def backprop(model: nn.Module, config: Config, seed: int, compiled: bool = False
     def step(x: Tensor, y: Tensor) -> Tensor:
         nonlocal iteration
         optimizer.zero_grad()
-        optimizer.param_groups[0]["lr"] = config.lr * math.exp(-config.decay * iteration)
+        optimizer.param_groups[0]["lr"] = config.rate(iteration)
         loss: Tensor = run(x, y)
         if torch.isfinite(loss):
             loss.backward()  # type: ignore[no-untyped-call]

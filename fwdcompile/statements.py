@@ -157,12 +157,8 @@ class Writer:
         self.written.append(Statement(node, start + expression.text, defines, expression.names))
 
     def _is_inline(self, node: fx.Node) -> bool:
-        if not self._may_be_inline(node):
-            return False
-        (user,) = node.users
-        return isinstance(value(node), Sym) or not (
-            self._frees_memory(node) and self._waits(node, user)
-        )
+        held = self._may_be_inline(node)
+        return held and not (self._frees_memory(node) and self._waits(node))
 
     def _may_be_inline(self, node: fx.Node) -> bool:
         if isinstance(value(node), Sym):
@@ -186,10 +182,10 @@ class Writer:
                     dying += _bytes(arg)
         return dying > 2 * _bytes(node)
 
-    def _waits(self, node: fx.Node, user: fx.Node) -> bool:
+    def _waits(self, node: fx.Node) -> bool:
         """Whether other lines stand between a node and the line that uses it."""
         between = node.next
-        while between is not user:
+        while between not in node.users:
             if between.op == "call_function" and not self._may_be_inline(between):
                 return True
             between = between.next

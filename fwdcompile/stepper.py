@@ -28,7 +28,7 @@ Drawn = dict[str, Tensor | RankOne]
 Kinds = dict[str, tuple[tuple[int, ...], torch.dtype, bool]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Plan:
     """A compiled step for one kind of input, and the tensors it reads and writes."""
 
@@ -165,6 +165,9 @@ class Stepper:
     def _check(self, lowered: Lowered) -> None:
         check_loss(lowered)
 
+    def _admit(self, plan: Plan, tensors: list[Tensor]) -> None:
+        """Refuses inputs before anything changes."""
+
     def _body(self, lowered: Lowered) -> Callable[..., Any]:
         raise NotImplementedError
 
@@ -205,6 +208,7 @@ class Stepper:
     def _run(self, inputs: Sequence[Any], kwargs: dict[str, Any], *extra: Tensor) -> Any:
         plan, leaves = self._plan(inputs, kwargs)
         tensors = plan.tensors(leaves)
+        self._admit(plan, tensors)
         if self._mode == "reduce-overhead":
             torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
         loss, finite, *rest = plan.run(tensors, self._seed, self._step, *extra)

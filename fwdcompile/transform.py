@@ -236,10 +236,7 @@ class _Transform:
         row = rule.table.get(node.target)  # type: ignore[call-overload]
         if row is None or row.word == "not_implemented":
             raise MissingRuleError(_missing(node, row))
-        copy = self.primals[node]
-        bound = bind_call(row.op, copy.args, copy.kwargs)
-        arguments = fx.map_arg(bound, self.recorder.fake)
-        return _Site(node, row, arguments, self.recorder.fake(copy))  # type: ignore[arg-type]
+        return _site(node, self.primals[node], row, self.recorder)
 
     def _dot(self, site: _Site, direction: int) -> Dot:
         bound = bind_call(site.row.op, site.node.args, site.node.kwargs)
@@ -335,6 +332,12 @@ class _Transform:
         return zeros
 
 
+def _site(node: fx.Node, copy: fx.Node, row: Rule, recorder: Recorder) -> _Site:
+    """The call that `copy` is of `node` in the graph being built, with fakes for its values."""
+    arguments = fx.map_arg(bind_call(row.op, copy.args, copy.kwargs), recorder.fake)
+    return _Site(node, row, arguments, recorder.fake(copy))  # type: ignore[arg-type]
+
+
 def _apply(site: _Site, dots: dict[str, Any]) -> Any:
     """Runs a row on fakes; `dots` holds the present tangents by argument name."""
     row = site.row
@@ -363,10 +366,7 @@ def _apply(site: _Site, dots: dict[str, Any]) -> Any:
 def through(node: fx.Node, d: Tensor, recorder: Recorder) -> Any:
     """The tangent of a node from that of its first operand, by its row, inside a recorder."""
     row = rule.table[node.target]  # type: ignore[index]
-    bound = bind_call(row.op, node.args, node.kwargs)
-    arguments = fx.map_arg(bound, recorder.fake)
-    site = _Site(node, row, arguments, recorder.fake(node))  # type: ignore[arg-type]
-    return _apply(site, {row.op._schema.arguments[0].name: d})
+    return _apply(_site(node, node, row, recorder), {row.op._schema.arguments[0].name: d})
 
 
 def _filled(d: Any, primal: Any) -> Any:

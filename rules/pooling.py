@@ -99,21 +99,15 @@ for _spatial, _op in enumerate(
 ):
     jvp(_op, self=partial(_max_pool, spatial=_spatial))
 
-for _op, _spatial in (
-    (aten.adaptive_max_pool1d.default, 1),
-    (aten.adaptive_max_pool2d.default, 2),
-    (aten.adaptive_max_pool3d.default, 3),
+_SAMPLES = {"random_samples": lambda d: (None, None)}
+for _op, _spatial, _more in (
+    (aten.adaptive_max_pool1d.default, 1, {}),
+    (aten.adaptive_max_pool2d.default, 2, {}),
+    (aten.adaptive_max_pool3d.default, 3, {}),
+    (aten.fractional_max_pool2d.default, 2, _SAMPLES),
+    (aten.fractional_max_pool3d.default, 3, _SAMPLES),
 ):
-    jvp(_op, self=lambda d, out, n=_spatial: (_winners(d, out[1], n), None))
-for _op, _spatial in (
-    (aten.fractional_max_pool2d.default, 2),
-    (aten.fractional_max_pool3d.default, 3),
-):
-    jvp(
-        _op,
-        self=lambda d, out, n=_spatial: (_winners(d, out[1], n), None),
-        random_samples=lambda d: (None, None),
-    )
+    jvp(_op, self=lambda d, out, n=_spatial: (_winners(d, out[1], n), None), **_more)
 
 _NEAREST, _BICUBIC = 1, 2  # interpolation_mode
 _ZEROS, _REFLECTION = 0, 2  # padding_mode

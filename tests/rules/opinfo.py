@@ -7,7 +7,7 @@ u'(Jv) = (J'u)'v for random u, together with central differences.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -127,13 +127,14 @@ def _case(entry: Any, sample: Any, variant: str) -> Iterator[Case]:
     def in_place(*xs: Tensor) -> Outputs:
         x, args, kwargs = arguments(xs)
         x = pytree.tree_map_only(Tensor, torch.clone, x)
-        return _flat(entry.gradcheck_wrapper(entry.inplace_variant, x, *args, **kwargs))
+        out = entry.gradcheck_wrapper(entry.inplace_variant, x, *args, **kwargs)
+        return _flat(sample.output_process_fn_grad(out))
 
     def out_given(*xs: Tensor) -> Outputs:
         x, args, kwargs = arguments(xs)
         places = pytree.tree_map_only(Tensor, torch.empty_like, likes)
         given = entry.gradcheck_wrapper(entry.op, x, *args, **kwargs, out=places)
-        return _flat(places if given is None else given)
+        return _flat(sample.output_process_fn_grad(places if given is None else given))
 
     if variant == "":
         yield Case(plain, plain, tensors)
@@ -206,14 +207,18 @@ def _random_like(x: Tensor, generator: torch.Generator) -> Tensor:
     return torch.randn(x.shape, dtype=x.dtype, generator=generator)
 
 
+def filled(case: Case, dots: Iterable[int], xs: Iterable[Tensor]) -> list[Tensor]:
+    """The tensors of a case with those of the numbers `dots` replaced by `xs`."""
+    changed = dict(zip(dots, xs, strict=True))
+    return [changed.get(i, x) for i, x in enumerate(case.tensors)]
+
+
 def along(case: Case, dots: dict[int, Tensor]) -> Callable[..., Outputs]:
     """The reference as a function of its active tensors, restricted to differentiable outputs."""
 
     def function(*xs: Tensor) -> Outputs:
-        full = list(case.tensors)
-        for i, x in zip(dots, xs, strict=True):
-            full[i] = x
-        return tuple(x for x in case.reference(*full) if is_differentiable(x))
+        outs = case.reference(*filled(case, dots, xs))
+        return tuple(x for x in outs if is_differentiable(x))
 
     return function
 
@@ -247,13 +252,12 @@ def _check_reverse(
         return
     reached, weights = zip(*pairs, strict=True)
     grads = torch.autograd.grad(reached, primals, weights, allow_unused=True)
-    theirs = [_inner(g, d) for g, d in zip(grads, dots.values(), strict=True) if g is not None]
+    given = [(g, d) for g, d in zip(grads, dots.values(), strict=True) if g is not None]
+    theirs = [_inner(g, d) for g, d in given]
     mixed = zip(outs, u, mine, strict=True)
     ours = sum(_inner(w, d) for x, w, d in mixed if x.requires_grad)
-    sizes = [
-        (g * d).abs().sum() for g, d in zip(grads, dots.values(), strict=True) if g is not None
-    ]
-    atol += rtol * float(sum(sizes))  # the terms of the sum may cancel, their errors do not
+    # the terms of the sum may cancel, their errors do not
+    atol += rtol * float(sum((g * d).abs().sum() for g, d in given))
     torch.testing.assert_close(ours, sum(theirs), rtol=rtol, atol=atol, equal_nan=True)
 
 
