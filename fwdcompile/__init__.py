@@ -5,7 +5,7 @@ from __future__ import annotations
 __version__ = "0.1.0"
 
 from . import rule
-from .directions import Directions, Normal, Rademacher, RankOne
+from .directions import Directions, Normal, Rademacher, RankOne, Sphere
 from .errors import (
     CaptureError,
     DataError,
@@ -37,6 +37,7 @@ __all__ = [
     "RankOne",
     "RuleError",
     "Saved",
+    "Sphere",
     "TangentError",
     "jvp",
     "load",

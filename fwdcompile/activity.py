@@ -19,7 +19,8 @@ from torch import Tensor, fx
 from . import rule
 from .errors import LossError
 from .forward import Forward, Lowered
-from .program import Program, Slot, identifier, output_nodes, rename, value
+from .parts import Model
+from .program import Program, Slot, identifier, output_nodes, outputs_reached, rename, value
 from .trace import Recorder, bind_call, fake_mode, label
 from .transform import through, transform
 
@@ -162,24 +163,31 @@ def settle_shifts(program: Program, layers: Sequence[Layer]) -> Program:
     return replace(program, inputs=tuple(kept))
 
 
-def gradients(program: Program, layers: Sequence[Layer], samples: int) -> Program:
+def gradients(
+    program: Program, layers: Sequence[Layer], samples: int, clip: float | None = None
+) -> Program:
     """Appends the gradients of the layers' parameters, means over the directions.
 
-    The loss is a number, or holds one number for each example: its mean is then what is
+    A loss is a number, or holds one number for each example: its mean is then what is
     differentiated, and an output whose first dimension is that of the examples takes from each
-    only its own loss.
+    only its own loss. Of several losses a layer takes those that depend on it.
     """
     graph, out = program.graph, program.graph.output_node()
     recorder = Recorder(graph, fake_mode(graph), keep=rule.table)
     inputs = {(s.name, s.direction): n for n, s in program.placeholders() if s.kind == "tangent"}
-    slopes = [node for node, slot in program.results() if slot.kind == "tangent"]
+    slopes = {(s.name, s.direction): n for n, s in program.results() if s.kind == "tangent"}
+    reached = outputs_reached(program)
     nodes = {node.name: node for node in graph.nodes}
     found: dict[str, Tensor] = {}
-    for layer in layers:
+    for layer in (layer for layer in layers if reached[layer.slot]):
         before = out.prev
         with graph.inserting_before(out), recorder.active():
             dots = [recorder.fake(inputs[layer.slot, k]) for k in range(samples)]
-            terms = [_weighted(d, recorder.fake(s)) for d, s in zip(dots, slopes, strict=True)]
+            terms = [
+                _weighted(dot, recorder.fake(slopes[name, k]), clip)
+                for k, dot in enumerate(dots)
+                for name in reached[layer.slot]
+            ]
             u = sum(terms[1:], terms[0])
             node = nodes[layer.node]
             bound = bind_call(node.target, node.args, node.kwargs)  # type: ignore[arg-type]
@@ -202,7 +210,8 @@ def gradients(program: Program, layers: Sequence[Layer], samples: int) -> Progra
     return replace(program, outputs=program.outputs + slots)
 
 
-def _weighted(direction: Tensor, slope: Tensor) -> Tensor:
+def _weighted(direction: Tensor, slope: Tensor, clip: float | None) -> Tensor:
+    slope = slope if clip is None else slope.clamp(-clip, clip)
     if slope.ndim and direction.shape[0] == slope.shape[0]:
         each = slope / slope.shape[0]
         return direction * each.view(-1, *[1] * (direction.ndim - 1))
@@ -212,6 +221,10 @@ def _weighted(direction: Tensor, slope: Tensor) -> Tensor:
 class ActivityForward(Forward):
     """A program of an objective that returns gradients by activity perturbation beside the loss."""
 
+    def __init__(self, model: Model, clip: float | None = None) -> None:
+        super().__init__(model)
+        self.clip = clip
+
     def _transformed(self, captured: Program, active: Sequence[str], request: Any) -> Program:
         perturbed, layers = perturb(captured, active)
         owned = {name for layer in layers for name in layer.parameters.values()}
@@ -219,7 +232,8 @@ class ActivityForward(Forward):
         outer = [name for name in request.rank_one if name in names]
         shifted = [layer.slot for layer in layers]
         program = transform(perturbed, names + shifted, request.directions, outer)
-        return gradients(settle_shifts(program, layers), layers, request.directions)
+        settled = settle_shifts(program, layers)
+        return gradients(settled, layers, request.directions, self.clip)
 
 
 @torch.no_grad()
@@ -235,16 +249,20 @@ def check_examples(lowered: Lowered, tensors: Sequence[Tensor]) -> bool:
         LossError: they do, as with batch norm in training.
     """
     program = lowered.program
-    (loss,) = (value(node) for node, slot in program.results() if slot.kind == "output")
-    if not loss.ndim:
+    losses = [value(node) for node, slot in program.results() if slot.kind == "output"]
+    counts = {len(loss) for loss in losses if loss.ndim}
+    if not counts:
         return True
+    if len(counts) > 1:
+        raise LossError(f"losses of examples have one length, not {sorted(counts)}")
+    (count,) = counts
     plain, values = iter(tensors), []
     with torch.random.fork_rng():
         for node, slot in program.placeholders():
             if slot.kind == "tangent":
                 like = value(node)
                 dot = torch.zeros(like.shape, dtype=like.dtype, device=like.device)
-                if slot.name.endswith(_OUTPUT) and len(dot) == loss.shape[0]:
+                if slot.name.endswith(_OUTPUT) and len(dot) == count:
                     dot[0].normal_()
                 values.append(dot)
             elif slot.kind != "constant":
@@ -253,7 +271,7 @@ def check_examples(lowered: Lowered, tensors: Sequence[Tensor]) -> bool:
     slopes = [out for out, s in zip(outs, program.outputs, strict=True) if s.kind == "tangent"]
     if not all(slope.isfinite().all() for slope in slopes):
         return False
-    if any(slope[1:].any() for slope in slopes):
+    if any(slope[1:].any() for slope in slopes if slope.ndim):
         raise LossError(
             "the loss of one example depends on the activations of another (batch norm in "
             "training?), or the first dimension of a layer's output is not that of the examples: "

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .directions import RankOne
+from .directions import RankOne, dense_tensor
 from .errors import TangentError
 from .parts import Model, input_leaves, modules_of, named_state
 from .program import Slot, is_differentiable
@@ -77,7 +77,7 @@ def check_tangents(
 
 def dense(tangents: Tangents) -> dict[str, Tensor | RankOne]:
     """The same tangents with outer products made."""
-    return {n: dot.dense() if isinstance(dot, RankOne) else dot for n, dot in tangents.items()}
+    return {name: dense_tensor(dot) for name, dot in tangents.items()}
 
 
 def _like_primal(name: str, dot: Any, primal: Tensor) -> Tensor | RankOne:

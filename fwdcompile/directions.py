@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -74,6 +74,18 @@ class Directions(ABC):
             return RankOne(both[:rows], both[rows:].view(tuple(shape[1:])))
         return self.numbers(math.prod(shape), key=key, dtype=dtype).view(tuple(shape))
 
+    def mixing(self, drawn: Sequence[Mapping[str, Tensor | RankOne]]) -> Tensor | None:
+        """How the directions of a step are made of those that were drawn for it.
+
+        Args:
+            drawn: for each of K samples, what `draw` gave for every parameter, by name.
+
+        Returns:
+            `[K, K]`: direction k is the sum over j of `mixing[k, j]` times sample j, so that its
+            derivative is the same sum of theirs; None where samples are directions as they are.
+        """
+        return None
+
     @abstractmethod
     def numbers(self, count: int, *, key: Tensor, dtype: torch.dtype) -> Tensor:
         """Independent numbers of zero mean and unit variance, `[count]`."""
@@ -94,6 +106,43 @@ class Normal(Directions):
 
 
 @dataclass(frozen=True)
+class Sphere(Normal):
+    """Uniform on the sphere of radius sqrt(d), where d counts all parameters together.
+
+    Normals over their length. The forward gradient of one direction has exactly d times the squared
+    norm of the gradient as its second moment, one of K orthogonal directions d / K times.
+
+    Args:
+        orthogonal: the directions of one step are orthogonal to each other: the forward gradient
+            is d / K times the projection of the gradient on what they span, and the gradient itself
+            for K = d.
+
+    Raises:
+        ValueError: `rank_one`, whose lengths differ from parameter to parameter.
+
+    Example:
+        >>> FGD(model, loss_fn, lr=2e-4, directions=Sphere(orthogonal=True), samples=16)
+    """
+
+    orthogonal: bool = False
+
+    def __post_init__(self) -> None:
+        if self.rank_one:
+            raise ValueError("directions on the sphere cannot be rank_one: take Rademacher or Normal")
+
+    def mixing(self, drawn: Sequence[Mapping[str, Tensor | RankOne]]) -> Tensor:
+        """Scales to the length sqrt(d); orthogonal ones by the inverse of Cholesky's factor."""
+        gram, count = _gram(drawn)
+        if not self.orthogonal:
+            return torch.diag(torch.sqrt(count / gram.diagonal()))
+        if len(drawn) > count:
+            raise ValueError(f"{len(drawn)} directions of {count} numbers cannot be orthogonal")
+        unit = torch.eye(len(drawn), dtype=gram.dtype, device=gram.device)
+        factor = torch.linalg.cholesky(gram)
+        return torch.linalg.solve_triangular(factor, unit, upper=False) * math.sqrt(count)
+
+
+@dataclass(frozen=True)
 class Rademacher(Directions):
     """Signs: 1 or -1 with equal probability, the least variance of all independent components.
 
@@ -109,11 +158,27 @@ class Rademacher(Directions):
         return signs.view(-1)[:count].to(dtype)
 
 
+def dense_tensor(direction: Tensor | RankOne) -> Tensor:
+    """The direction as one tensor."""
+    return direction.dense() if isinstance(direction, RankOne) else direction
+
+
 def scaled(direction: Tensor | RankOne, factor: Tensor) -> Tensor:
     """The direction times a number, in the direction's dtype."""
     if isinstance(direction, RankOne):
         return RankOne(direction.u * factor.to(direction.u.dtype), direction.v).dense()
     return direction * factor.to(direction.dtype)
+
+
+def _gram(drawn: Sequence[Mapping[str, Tensor | RankOne]]) -> tuple[Tensor, int]:
+    """Inner products of all samples, `[K, K]` of 32 bits or more, and the count of their numbers."""
+    products, count = [], 0
+    for name in drawn[0]:
+        rows = torch.stack([dense_tensor(sample[name]).flatten() for sample in drawn])
+        count += rows.shape[1]
+        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+        products.append(rows @ rows.mT)
+    return sum(products[1:], products[0]), count
 
 
 def stream_keys(seed: Tensor, step: Tensor, samples: int = 1, parameters: int = 1) -> Tensor:

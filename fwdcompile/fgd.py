@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from .activity import ActivityForward, check_examples
-from .directions import Directions, Normal, RankOne, scaled, stream_keys
+from .directions import Directions, Normal, RankOne, Sphere, scaled, stream_keys
 from .forward import Lowered
 from .parts import Model
-from .stepper import NonFinite, Plan, Stepper, check_loss, kinds_of
+from .program import outputs_reached
+from .stepper import NonFinite, Plan, Stepper, check_loss, kinds_of, sum_of
 
 Perturbed = Literal["weights", "activations"]
 
@@ -39,6 +40,11 @@ class FGD(Stepper):
             out; parameters and buffers are unchanged in either case.
         dynamic: one compiled step serves every batch size from 2, such as the short last batch of
             an epoch; see `transform`.
+        clip: the most that a directional derivative may be, of either sign; more is cut off. Keeps
+            large rates stable and biases the estimate; None leaves it unbiased.
+
+    Several losses, returned as a tuple or a list, are minimised as their sum. Each parameter learns
+    from those alone that depend on it: with a gradient stopped between blocks, from its own.
 
     Example:
         >>> fgd = fwdcompile.FGD(model, torch.nn.functional.cross_entropy, lr=2e-4, decay=1e-4)
@@ -60,11 +66,14 @@ class FGD(Stepper):
         mode: str = "default",
         nonfinite: NonFinite = "raise",
         dynamic: bool = False,
+        clip: float | None = None,
     ) -> None:
         if not lr > 0 or decay < 0:
             raise ValueError(f"lr must be positive and decay not negative, not {lr} and {decay}")
         chosen = Normal() if directions is None else directions
-        super().__init__(model, loss_fn, chosen, samples, seed, compile, mode, nonfinite, dynamic)
+        super().__init__(
+            model, loss_fn, chosen, samples, seed, compile, mode, nonfinite, dynamic, clip
+        )
         self._store_directions = store_directions
         self._redraws: dict[Any, Callable[..., None]] = {}
         self._lr = torch.tensor(lr, dtype=torch.float64, device=self._seed.device)
@@ -87,57 +96,54 @@ class FGD(Stepper):
 
         Raises:
             NonFiniteError: the loss or derivative is infinite or NaN; nothing has changed.
-            LossError: the loss is not a floating-point tensor of no dimensions.
+            LossError: a loss is not a floating-point tensor of no dimensions.
         """
         loss: Tensor
         plan, loss, _, *rest = self._run(inputs, kwargs, self._lr, self._decay)
         if rest:
             moves, keys = rest
-            for number, parameter in enumerate(plan.trained()):
-                self._redraw(parameter, keys[:, number], moves)
+            for number, (parameter, move) in enumerate(zip(plan.trained(), moves, strict=True)):
+                if move is not None:
+                    self._redraw(parameter, keys[:, number], move)
         return loss.clone() if self._mode == "reduce-overhead" else loss
 
-    def state_dict(self) -> dict[str, float]:
+    def state_dict(self) -> dict[str, Any]:
         """All that a resumed run needs beside the model: iteration, seed, learning rate, decay."""
-        return {
-            "iteration": self.iteration,
-            "seed": int(self._seed),
-            "lr": float(self._lr),
-            "decay": float(self._decay),
-        }
+        return super().state_dict() | {"lr": float(self._lr), "decay": float(self._decay)}
 
-    def load_state_dict(self, state: dict[str, float]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continues where `state_dict` was taken."""
-        self.iteration = int(state["iteration"])
-        self._step.fill_(self.iteration)
-        self._seed.fill_(int(state["seed"]))
+        super().load_state_dict(state)
         self._lr.fill_(state["lr"])
         self._decay.fill_(state["decay"])
 
     def _body(self, lowered: Lowered) -> Callable[..., Any]:
-        kinds = kinds_of(lowered)
+        kinds, reached = kinds_of(lowered), outputs_reached(lowered.program)
 
         def step(tensors: Any, seed: Tensor, count: Tensor, lr: Tensor, decay: Tensor) -> Any:
             loss, finite, trained, drawn, slopes, _ = self._estimate(
                 lowered, kinds, tensors, seed, count
             )
             rate = lr * torch.exp(-decay * count)
-            moves = [torch.where(finite, -rate / len(slopes) * d, 0.0) for d in slopes]
+            weights = self._weights(slopes, drawn, reached)
+            moves = {names: torch.where(finite, -rate * w, 0.0) for names, w in weights.items()}
             if not self._store_directions:
-                return loss, finite, moves, stream_keys(seed, count, self.samples, len(trained))
+                each = [moves.get(reached[name]) for name in trained]
+                return loss, finite, each, stream_keys(seed, count, self.samples, len(trained))
             for name, parameter in trained.items():
-                _move(parameter, [dots[name] for dots in drawn], moves)
+                if names := reached[name]:
+                    _move(parameter, [dots[name] for dots in drawn], moves[names])
             return loss, finite
 
         return step
 
     @torch.no_grad()
-    def _redraw(self, parameter: Tensor, keys: Tensor, moves: list[Tensor]) -> None:
+    def _redraw(self, parameter: Tensor, keys: Tensor, moves: Tensor) -> None:
         """The update of one parameter along directions that are drawn a second time."""
         kind = parameter.shape, parameter.stride(), parameter.dtype
         if kind not in self._redraws:
 
-            def update(parameter: Tensor, keys: Tensor, moves: list[Tensor]) -> None:
+            def update(parameter: Tensor, keys: Tensor, moves: Tensor) -> None:
                 shape, dtype = parameter.shape, parameter.dtype
                 dots = [self.directions.draw(shape, key=key, dtype=dtype) for key in keys]
                 _move(parameter, dots, moves)
@@ -153,8 +159,8 @@ class ForwardGradient(Stepper):
     et al. 2022). Gradients accumulate as autograd's do: call `optimizer.zero_grad()` before.
 
     Args:
-        model, loss_fn, directions, samples, seed, compile, mode, nonfinite, dynamic: as for `FGD`;
-            "skip" leaves the gradients as they are.
+        model, loss_fn, directions, samples, seed, compile, mode, nonfinite, dynamic, clip: as for
+            `FGD`; "skip" leaves the gradients as they are.
         perturb: "weights", or "activations": the direction is one of the outputs of all linear
             layers, convolutions and embeddings, other for each example, and a layer's gradient
             comes from its own inputs (Ren et al. 2023). Far less noise; the layers' inputs are
@@ -181,18 +187,23 @@ class ForwardGradient(Stepper):
         mode: str = "default",
         nonfinite: NonFinite = "raise",
         dynamic: bool = False,
+        clip: float | None = None,
         perturb: Perturbed = "weights",
     ) -> None:
         if perturb not in ("weights", "activations"):
             raise ValueError(f'perturb is "weights" or "activations", not {perturb!r}')
         if perturb == "activations" and dynamic:
             raise ValueError("activity perturbation needs a fixed batch size: leave dynamic out")
+        if perturb == "activations" and isinstance(directions, Sphere):
+            raise ValueError("activity perturbation draws for each example: take Rademacher, Normal")
         chosen = Normal() if directions is None else directions
-        super().__init__(model, loss_fn, chosen, samples, seed, compile, mode, nonfinite, dynamic)
+        super().__init__(
+            model, loss_fn, chosen, samples, seed, compile, mode, nonfinite, dynamic, clip
+        )
         self.perturb = perturb
         self._checked: set[Plan] = set()
         if perturb == "activations":
-            self._forward = ActivityForward(self.objective)
+            self._forward = ActivityForward(self.objective, clip)
 
     def __call__(self, *inputs: Any, **kwargs: Any) -> Tensor:
         """Adds the forward gradient at these inputs to `p.grad` and returns the loss.
@@ -205,7 +216,9 @@ class ForwardGradient(Stepper):
         plan, loss, finite, gradients = self._run(inputs, kwargs)
         if self.nonfinite == "raise" or finite:
             for parameter, gradient in zip(plan.trained(), gradients, strict=True):
-                parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+                if gradient is not None:
+                    old = parameter.grad
+                    parameter.grad = gradient if old is None else old + gradient
         return loss  # type: ignore[no-any-return]
 
     def _admit(self, plan: Plan, tensors: list[Tensor]) -> None:
@@ -218,16 +231,16 @@ class ForwardGradient(Stepper):
         check_loss(lowered, most=int(self.perturb == "activations"))
 
     def _body(self, lowered: Lowered) -> Callable[..., Any]:
-        kinds = kinds_of(lowered)
+        kinds, reached = kinds_of(lowered), outputs_reached(lowered.program)
         known = [slot.kind == "gradient" for slot in lowered.program.outputs]
 
         def gradient(tensors: Any, seed: Tensor, count: Tensor) -> Any:
             loss, finite, trained, drawn, slopes, outs = self._estimate(
                 lowered, kinds, tensors, seed, count
             )
-            weights = [d / len(slopes) for d in slopes]
+            weights = self._weights(slopes, drawn, reached)
             gradients = [
-                sum(scaled(dots[name], w) for w, dots in zip(weights, drawn, strict=True))
+                _combined([dots[name] for dots in drawn], weights.get(reached[name]))
                 for name in trained
             ]
             return loss, finite, gradients + [out for out, k in zip(outs, known, strict=True) if k]
@@ -235,6 +248,13 @@ class ForwardGradient(Stepper):
         return gradient
 
 
-def _move(parameter: Tensor, dots: list[Tensor | RankOne], moves: list[Tensor]) -> None:
+def _combined(dots: list[Tensor | RankOne], weights: Tensor | None) -> Tensor | None:
+    """The forward gradient; None where no loss depends on the parameter."""
+    if weights is None:
+        return None
+    return sum_of(scaled(dot, w) for dot, w in zip(dots, weights, strict=True))
+
+
+def _move(parameter: Tensor, dots: list[Tensor | RankOne], moves: Tensor) -> None:
     for dot, move in zip(dots, moves, strict=True):
         parameter.add_(scaled(dot, move))

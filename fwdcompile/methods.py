@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
-from .directions import Directions, Normal, Rademacher, RankOne, stream_keys
+from .directions import Directions, Normal, Rademacher, RankOne, dense_tensor, stream_keys
 from .errors import NonFiniteError
 from .fgd import FGD, ForwardGradient
 
@@ -244,7 +244,7 @@ def _hashed(config: Config, seed: int, count: Tensor) -> Draw:
             config.source.draw(value.shape, key=key, dtype=value.dtype)
             for key, value in zip(keys, values, strict=True)
         ]
-        return [dot.dense() if isinstance(dot, RankOne) else dot for dot in drawn]
+        return [dense_tensor(dot) for dot in drawn]
 
     return draw
 

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+# The outputs that the tangent of an input can move, by the name of that input.
+Reached = dict[str, tuple[str, ...]]
 Kind = Literal["parameter", "buffer", "constant", "input", "tangent", "output", "gradient"]
 
 
@@ -116,6 +118,22 @@ def _copied(arg: Any) -> Any:
 def value(node: fx.Node) -> Any:
     """The fake value recorded for a node: a FakeTensor, a sequence of them, or a number."""
     return node.meta.get("val")
+
+
+def outputs_reached(program: Program) -> Reached:
+    """For each tangent by name, the outputs whose tangents depend on it, in the order of outputs."""
+    nodes = {node: slot for node, slot in program.placeholders() if slot.kind == "tangent"}
+    marks: dict[fx.Node, set[str]] = {node: {slot.name} for node, slot in nodes.items()}
+    for node in program.graph.nodes:
+        if node.op != "output":
+            for before in node.all_input_nodes:
+                marks.setdefault(node, set()).update(marks.get(before, ()))
+    reached: Reached = {slot.name: () for slot in nodes.values()}
+    for node, slot in program.results():
+        if slot.kind == "tangent" and slot.direction == 0:
+            for name in marks.get(node, ()):
+                reached[name] += (slot.name,)
+    return reached
 
 
 def is_differentiable(x: object) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -18,7 +18,7 @@ from .errors import LossError, NonFiniteError, TangentError
 from .forward import Forward, Lowered
 from .objective import Objective
 from .parts import Model, input_leaves, modules_of
-from .program import output_nodes, value
+from .program import Reached, value
 from .sizes import mark_open
 
 NonFinite = Literal["raise", "skip"]
@@ -71,9 +71,12 @@ class Stepper:
         mode: str,
         nonfinite: NonFinite,
         dynamic: bool,
+        clip: float | None,
     ) -> None:
         if samples < 1:
             raise ValueError(f"samples must be at least 1, not {samples}")
+        if clip is not None and not clip > 0:
+            raise ValueError(f"clip must be positive, not {clip}")
         if nonfinite not in ("raise", "skip"):
             raise ValueError(f'nonfinite is "raise" or "skip", not {nonfinite!r}')
         if mode not in torch._inductor.list_mode_options():
@@ -81,6 +84,7 @@ class Stepper:
         self.objective = Objective(model, loss_fn)
         self._directions, self._samples = directions, samples
         self._dense = replace(directions, rank_one=False)
+        self.clip = clip
         self.nonfinite = nonfinite
         self.iteration = 0
         self._compile, self._mode = compile, mode
@@ -108,6 +112,16 @@ class Stepper:
     def code(self) -> str:
         """Source text of the forward-mode program generated last."""
         return self._forward.code
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a resumed run needs beside the model: iteration and seed."""
+        return {"iteration": self.iteration, "seed": int(self._seed)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continues where `state_dict` was taken."""
+        self.iteration = int(state["iteration"])
+        self._step.fill_(self.iteration)
+        self._seed.fill_(int(state["seed"]))
 
     def calibrate(self, *inputs: Any, **kwargs: Any) -> None:
         """Measures the matrix products and convolutions of a step; later steps take the fastest.
@@ -173,10 +187,11 @@ class Stepper:
 
     def _estimate(
         self, lowered: Lowered, kinds: Kinds, tensors: list[Tensor], seed: Tensor, step: Tensor
-    ) -> tuple[Tensor, Tensor, dict[str, Tensor], list[Drawn], list[Tensor], Sequence[Tensor]]:
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor], list[Drawn], dict[str, Tensor], Sequence[Tensor]]:
         """Loss, whether all is finite, trained parameters, directions, slopes, and all outputs.
 
-        Also writes the buffers that the model changes, unless something is not finite.
+        Slopes are vectors over the samples, one for each loss. Also writes the buffers that the
+        model changes, unless something is not finite.
         """
         program = lowered.program
         plain = [slot for slot in program.inputs if slot.kind not in ("tangent", "constant")]
@@ -185,13 +200,32 @@ class Stepper:
         drawn = self._draw(kinds, seed, step)
         outs = lowered.function(*arrange(program.inputs, values, drawn))
         pairs = list(zip(program.outputs, outs, strict=True))
-        (loss,) = (_mean(out) for slot, out in pairs if slot.kind == "output")
-        slopes = [_mean(out) for slot, out in pairs if slot.kind == "tangent"]
-        finite = torch.isfinite(torch.stack([loss, *slopes])).all()
+        losses = {slot.name: _mean(out) for slot, out in pairs if slot.kind == "output"}
+        slopes: dict[str, list[Tensor]] = {name: [] for name in losses}
+        for slot, out in pairs:
+            if slot.kind == "tangent":
+                slopes[slot.name].append(_mean(out))
+        known = {name: torch.stack(each) for name, each in slopes.items() if each}
+        finite = torch.isfinite(torch.stack([*losses.values(), *sum(slopes.values(), [])])).all()
         for slot, out in pairs:
             if slot.kind in ("buffer", "input"):
                 values[slot.name].copy_(torch.where(finite, out, values[slot.name]))
-        return loss, finite, trained, drawn, slopes, outs
+        return sum_of(losses.values()), finite, trained, drawn, known, outs
+
+    def _weights(
+        self, slopes: Mapping[str, Tensor], drawn: list[Drawn], reached: Reached
+    ) -> dict[tuple[str, ...], Tensor]:
+        """The weights of the samples in the forward gradient, by the losses that one can move."""
+        mixing = self.directions.mixing(drawn)
+
+        def weigh(slope: Tensor) -> Tensor:
+            slope = slope if mixing is None else mixing.to(slope.dtype) @ slope
+            slope = slope if self.clip is None else slope.clamp(-self.clip, self.clip)
+            slope = slope if mixing is None else mixing.mT.to(slope.dtype) @ slope
+            return slope / self.samples
+
+        each = {name: weigh(slope) for name, slope in slopes.items()}
+        return {names: sum_of(each[name] for name in names) for names in reached.values() if names}
 
     def _draw(self, kinds: Kinds, seed: Tensor, step: Tensor) -> list[Drawn]:
         """The directions of one step: for each sample, those of all that has one, by name."""
@@ -233,6 +267,12 @@ def kinds_of(lowered: Lowered) -> Kinds:
     return kinds
 
 
+def sum_of(terms: Iterable[Tensor]) -> Tensor:
+    """The sum, without the addition of a zero."""
+    first, *rest = terms
+    return sum(rest, first)
+
+
 def _mean(x: Tensor) -> Tensor:
     return x.mean() if x.ndim else x
 
@@ -245,12 +285,12 @@ def _flatten(inputs: Sequence[Any], kwargs: dict[str, Any]) -> tuple[list[Any], 
 
 
 def check_loss(lowered: Lowered, most: int = 0) -> None:
-    """Refuses an objective that is not one floating-point tensor of at most `most` dimensions."""
+    """Refuses an objective that is not floating-point tensors of at most `most` dimensions."""
     program = lowered.program
-    outs = [value(n) for n, slot in zip(output_nodes(program.graph), program.outputs, strict=True)
-            if slot.kind == "output"]  # fmt: skip
-    if len(program.out_spec.leaves) != 1 or len(outs) != 1:
-        raise LossError("the objective must return one tensor, the loss; give a loss_fn")
-    if outs[0].ndim > most or not outs[0].is_floating_point():
-        shape, dtype = list(outs[0].shape), outs[0].dtype
-        raise LossError(f"the loss must be a floating scalar tensor, not {dtype} of shape {shape}")
+    outs = [value(node) for node, slot in program.results() if slot.kind == "output"]
+    if not outs or len(program.out_spec.leaves) != len(outs):
+        raise LossError("the objective must return the loss, or several, as tensors; give a loss_fn")
+    for out in outs:
+        if out.ndim > most or not out.is_floating_point():
+            shape, dtype = list(out.shape), out.dtype
+            raise LossError(f"a loss must be a floating scalar tensor, not {dtype} of shape {shape}")

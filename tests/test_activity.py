@@ -226,8 +226,70 @@ def test_a_transformer_compiled() -> None:
 
 
 @pytest.mark.parametrize(
-    "settings", [{"perturb": "inputs"}, {"perturb": "activations", "dynamic": True}]
+    "settings",
+    [
+        {"perturb": "inputs"},
+        {"perturb": "activations", "dynamic": True},
+        {"perturb": "activations", "directions": fwdcompile.Sphere()},
+    ],
 )
 def test_what_cannot_be_is_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="perturb|activity"):
         fwdcompile.ForwardGradient(mlp(), each, compile=False, **settings)
+
+
+class Blocks(nn.Module):
+    """A gradient is stopped between the blocks; each has an output of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 2), nn.Linear(2, 2)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        h = torch.tanh(self.first(x))
+        return h, self.second(h.detach())
+
+
+def test_of_several_losses_a_layer_learns_from_its_own() -> None:
+    torch.manual_seed(0)
+    net, x, y = Blocks().double(), torch.randn(2, 3).double(), torch.tensor([0, 1])
+
+    def local(outs: tuple[Tensor, Tensor], target: Tensor) -> list[Tensor]:
+        return [each(out, target) for out in outs]
+
+    grad = fwdcompile.ForwardGradient(net, local, perturb="activations", samples=256, compile=False,
+                                      directions=fwdcompile.Rademacher())  # fmt: skip
+    for _ in range(40):
+        loss = grad(x, y)
+    found = [p.grad / 40 for p in net.parameters()]
+    net.zero_grad()
+    expected = sum(each(out, y).mean() for out in net(x))
+    expected.backward()
+    torch.testing.assert_close(loss, expected.detach())
+    # two outputs of signs: four directions, so that the noise is small if no other block adds any
+    for mine, p in zip(found, net.parameters(), strict=True):
+        torch.testing.assert_close(mine, p.grad, rtol=0.05, atol=0.02)
+
+
+def test_losses_of_examples_have_one_length() -> None:
+    net, x, y = Blocks(), torch.randn(2, 3), torch.tensor([0, 1])
+
+    def uneven(outs: tuple[Tensor, Tensor], target: Tensor) -> list[Tensor]:
+        return [each(outs[0], target), each(outs[1], target)[:1]]
+
+    with pytest.raises(fwdcompile.LossError, match="one length"):
+        fwdcompile.ForwardGradient(net, uneven, perturb="activations", compile=False)(x, y)
+
+
+def test_clip_bounds_the_slope_of_each_example() -> None:
+    net, x, y = batch(mlp)
+    wide, tight = (
+        fwdcompile.ForwardGradient(net, each, perturb="activations", clip=clip, compile=False)
+        for clip in (1e9, 1e-3)
+    )
+    sizes = []
+    for grad in (wide, tight):
+        net.zero_grad()
+        grad(x, y)
+        sizes.append(float(net[2].weight.grad.abs().max()))
+    assert 0 < sizes[1] < 0.02 * sizes[0]

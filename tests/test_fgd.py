@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fwdcompile
-from fwdcompile import FGD, ForwardGradient, Normal, Rademacher, RankOne
+from fwdcompile import FGD, ForwardGradient, Normal, Rademacher, RankOne, Sphere
 from fwdcompile.directions import stream_keys
 
 X, Y = torch.randn(16, 6, generator=torch.Generator().manual_seed(1)), torch.arange(16) % 3
@@ -154,7 +154,8 @@ def test_non_finite_steps_change_nothing() -> None:
     [
         (lambda y, t: y.sum(1), "shape"),
         (lambda y, t: t.sum(), "int64"),
-        (lambda y, t: (y.sum(), t), "one tensor"),
+        (lambda y, t: (y.sum(), t), "int64"),
+        (lambda y, t: (y.sum(), 3), "or several"),
     ],
 )
 def test_the_loss_must_be_a_floating_scalar(loss_fn: Any, message: str) -> None:
@@ -273,3 +274,131 @@ def test_a_step_without_stored_directions_changes_nothing_where_it_is_not_finite
     fgd.step(X * math.inf, Y)
     for p, old in zip(model.parameters(), before, strict=True):
         assert torch.equal(p, old)
+
+
+def flat_gradient(model: nn.Module, *losses: Tensor) -> Tensor:
+    gradients = torch.autograd.grad(sum(losses), list(model.parameters()))  # type: ignore[arg-type]
+    return torch.cat([g.flatten() for g in gradients])
+
+
+def estimates(model: nn.Module, grad: ForwardGradient, x: Tensor, y: Tensor, n: int) -> Tensor:
+    """Forward gradients of n steps, `[n, d]`."""
+    found = []
+    for _ in range(n):
+        model.zero_grad()
+        grad(x, y)
+        found.append(torch.cat([p.grad.flatten() for p in model.parameters()]))  # type: ignore
+    return torch.stack(found)
+
+
+def test_one_direction_on_the_sphere_has_d_times_the_squared_gradient() -> None:
+    model, x = nn.Linear(4, 3).double(), X[:, :4].double()
+    g = flat_gradient(model, F.cross_entropy(model(x), Y))
+    grad = ForwardGradient(model, F.cross_entropy, directions=Sphere(), compile=False)
+    found = estimates(model, grad, x, Y, 2000)
+    error = (found.mean(0) - g).abs()
+    assert (error < 4.5 * found.std(0) / math.sqrt(len(found))).all()
+    # (g . v) v with |v|^2 = d: the estimate's square is d (g . v)^2 = d (estimate . g)
+    torch.testing.assert_close(found.square().sum(1), len(g) * (found @ g))
+
+
+@pytest.mark.parametrize("samples", [1, 4])
+def test_orthogonal_directions_project_the_gradient(samples: int) -> None:
+    model, x = nn.Linear(4, 3).double(), X[:, :4].double()
+    g = flat_gradient(model, F.cross_entropy(model(x), Y))
+    grad = ForwardGradient(model, F.cross_entropy, directions=Sphere(orthogonal=True),
+                           samples=samples, compile=False)  # fmt: skip
+    found = estimates(model, grad, x, Y, 1000)
+    error = (found.mean(0) - g).abs()
+    assert (error < 4.5 * found.std(0) / math.sqrt(len(found))).all()
+    # d / K times a projection P: (d / K)^2 g' P g = (d / K) g' (d / K) P g
+    torch.testing.assert_close(found.square().sum(1), len(g) / samples * (found @ g))
+    d = Sphere(orthogonal=True).mixing([{"w": torch.randn(9)} for _ in range(3)])
+    assert torch.equal(d, d.tril())
+
+
+@pytest.mark.parametrize("store", [True, False])
+def test_as_many_orthogonal_directions_as_numbers_give_the_gradient(store: bool) -> None:
+    model, x = nn.Linear(4, 3).double(), X[:, :4].double()
+    g = flat_gradient(model, F.cross_entropy(model(x), Y))
+    before = nn.utils.parameters_to_vector(model.parameters()).detach()
+    source = Sphere(orthogonal=True)
+    grad = ForwardGradient(model, F.cross_entropy, directions=source, samples=15, compile=False)
+    torch.testing.assert_close(estimates(model, grad, x, Y, 1)[0], g)
+    FGD(model, F.cross_entropy, lr=0.1, directions=source, samples=15, store_directions=store,
+        compile=False).step(x, Y)  # fmt: skip
+    after = nn.utils.parameters_to_vector(model.parameters()).detach()
+    torch.testing.assert_close(after, before - 0.1 * g)
+    with pytest.raises(ValueError, match="16 directions of 15 numbers"):
+        FGD(model, F.cross_entropy, lr=0.1, directions=source, samples=16, compile=False).step(x, Y)
+
+
+@pytest.mark.parametrize("source", [Rademacher(), Sphere(orthogonal=True)])
+def test_clip_bounds_every_directional_derivative(source: Any) -> None:
+    model = nn.Linear(4, 3).double()
+    x = 100 * X[:, :4].double()
+    free, clipped = (
+        ForwardGradient(model, F.cross_entropy, directions=source, clip=clip, compile=False)
+        for clip in (None, 0.5)
+    )
+    for mine, whole in zip(
+        estimates(model, clipped, x, Y, 9), estimates(model, free, x, Y, 9), strict=True
+    ):
+        # both are a slope times a direction of length sqrt(d)
+        slope = (whole.square().sum() / len(whole)).sqrt()
+        torch.testing.assert_close(mine, whole * (0.5 / slope).clamp(max=1))
+    with pytest.raises(ValueError, match="clip must be positive"):
+        FGD(model, F.cross_entropy, lr=0.1, clip=0.0)
+
+
+class Blocks(nn.Module):
+    """Two layers, a gradient stopped between them, each with an output of its own, one unused."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.unused = nn.Linear(6, 3), nn.Linear(3, 3), nn.Linear(2, 2)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        h = torch.tanh(self.first(x))
+        return h, self.second(h.detach())
+
+
+def both(outs: tuple[Tensor, Tensor], target: Tensor) -> list[Tensor]:
+    return [F.cross_entropy(out, target) for out in outs]
+
+
+def test_of_several_losses_a_parameter_learns_from_those_that_depend_on_it() -> None:
+    model, x = Blocks().double(), X.double()
+    twin = copy.deepcopy(model)
+    grad = ForwardGradient(model, both, directions=Rademacher(), compile=False)
+    loss = grad(x, Y)
+    losses = both(model(x), Y)
+    torch.testing.assert_close(loss, sum(losses).detach())  # type: ignore[union-attr]
+    assert model.unused.weight.grad is None
+    for layer, own in ((model.first, losses[0]), (model.second, losses[1])):
+        gradients = torch.autograd.grad(own, list(layer.parameters()), retain_graph=True)
+        mine = torch.cat([p.grad.flatten() for p in layer.parameters()])  # type: ignore[union-attr]
+        g = torch.cat([x.flatten() for x in gradients])
+        # (g . v) v with signs v of this layer alone
+        torch.testing.assert_close(mine.square(), (mine @ g).expand_as(mine))
+    for store in (True, False):
+        trained = copy.deepcopy(twin)
+        FGD(trained, both, lr=0.1, directions=Rademacher(), store_directions=store,
+            compile=False).step(x, Y)  # fmt: skip
+        for p, old, g in zip(
+            trained.parameters(), twin.parameters(), model.parameters(), strict=True
+        ):
+            torch.testing.assert_close(p, old if g.grad is None else old - 0.1 * g.grad)
+
+
+@pytest.mark.compiled
+def test_a_compiled_step_with_orthogonal_directions_and_several_losses() -> None:
+    model = Blocks()
+    twin = copy.deepcopy(model)
+    for net, compile in ((model, True), (twin, False)):
+        fgd = FGD(net, both, lr=0.1, directions=Sphere(orthogonal=True), samples=3, clip=1.0,
+                  compile=compile)  # fmt: skip
+        for _ in range(2):
+            fgd.step(X, Y)
+    for mine, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
