@@ -4,26 +4,23 @@
 
 Ours is the emitted program, whose tangent works over blocks of queries; the rival is what one
 writes without it: softmax(Q K') V by hand under torch.func.jvp, which keeps all scores. Each runs
-eagerly in a process of its own; the peak is that of memory.py.
+eagerly in a process of its own; `fwdcompile.measure` counts the peak.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from memory import ALLOCATOR, MIB, resident_peak
 from results import RESULTS, THREADS, publish
 from torch import Tensor
 
 import fwdcompile
+from fwdcompile.measure import MIB, in_fresh_process, resident_peak
 from fwdcompile.runner import environment
 
 HEADS, WIDTH = 8, 64
@@ -63,9 +60,7 @@ def measure(method: str, length: str, causal: str) -> float:
 
 def fresh(*case: str) -> float:
     """`measure` in a new process."""
-    command = [sys.executable, __file__, "--one", *case]
-    env = os.environ | ALLOCATOR
-    return float(subprocess.run(command, env=env, stdout=subprocess.PIPE, check=True).stdout)
+    return float(in_fresh_process(__file__, "--one", *case))
 
 
 def page(result: dict[str, Any]) -> str:

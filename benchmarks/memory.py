@@ -2,21 +2,15 @@
 
     python benchmarks/memory.py [--works cnn,mlp-depth-10] [--methods ...] [--out docs/results]
 
-On the CPU the peak is the kernel's high-water mark of resident memory, set back once everything is
-compiled, less what was resident before the measured steps. Gradients that an earlier step left do
-not count as resident before. On CUDA it is what the caching allocator counts.
+`fwdcompile.measure` says how the peak is counted. Gradients that an earlier step left do not count
+as resident before.
 """
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import json
 import os
-import subprocess
-import sys
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,20 +31,21 @@ from results import (
 from steps import PEERS, RIVAL, STEPS
 from works import DEPTHS, WORKS, Problem
 
-STEPS_EACH = 3
-MIB = 2**20
+from fwdcompile.measure import (
+    ALLOCATOR,
+    MIB,
+    STEPS_EACH,
+    cuda_peak,
+    in_fresh_process,
+    resident_peak,
+)
+
 # at batch 64 the parameters of an MLP are the most of its memory, at 1024 its activations weigh
 RUNS: tuple[tuple[str, int], ...] = (
     *((f"mlp-depth-{depth}", batch) for batch in (64, 1024) for depth in DEPTHS),
     ("cnn", 64),
     ("resnet18", 32),
 )
-# what a step frees goes back to the kernel at once, so that resident is what is live
-ALLOCATOR = {
-    "MALLOC_MMAP_THRESHOLD_": "65536",
-    "MALLOC_TRIM_THRESHOLD_": "65536",
-    "MKL_DISABLE_FAST_MM": "1",
-}
 
 
 def main() -> None:
@@ -80,11 +75,10 @@ def main() -> None:
 
 def fresh(work: str, method: str, batch: int, device: str, dtype: str) -> dict[str, Any]:
     """`measure` in a new process."""
-    command = [sys.executable, __file__, "--one", work, method, str(batch), device, dtype]
-    done = subprocess.run(
-        command, env=os.environ | ALLOCATOR, stdout=subprocess.PIPE, text=True, check=True
+    found: dict[str, Any] = in_fresh_process(
+        __file__, "--one", work, method, str(batch), device, dtype
     )
-    return json.loads(done.stdout.splitlines()[-1])
+    return found
 
 
 def measure(work: str, method: str, batch: str, device: str, dtype: str) -> dict[str, Any]:
@@ -111,37 +105,6 @@ def forget(problem: Problem) -> None:
     """Drops the gradients that backpropagation leaves behind a step."""
     problem.model.zero_grad(set_to_none=True)
     gc.collect()
-
-
-def resident_peak(run: Callable[[], Any], settle: Callable[[], Any] = gc.collect) -> int:
-    """Bytes that some steps hold at most beyond what is resident before them."""
-    settle()
-    ctypes.CDLL(None).malloc_trim(0)
-    # 5 sets the high-water mark back to what is resident now
-    Path("/proc/self/clear_refs").write_text("5")
-    before = status("VmRSS")
-    for _ in range(STEPS_EACH):
-        run()
-    return max(0, status("VmHWM") - before)
-
-
-def status(field: str) -> int:
-    """Bytes of a field that Linux tells in kibibytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    (found,) = (line for line in lines if line.startswith(field + ":"))
-    return int(found.split()[1]) * 1024
-
-
-def cuda_peak(run: Callable[[], Any], settle: Callable[[], Any] = gc.collect) -> int:
-    """The same on the GPU, by the count of torch's own allocator."""
-    settle()
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    for _ in range(STEPS_EACH):
-        run()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
 
 
 def page(results: dict[str, Any]) -> str:

@@ -12,7 +12,6 @@ import argparse
 import gc
 import itertools
 import statistics
-import time
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +40,9 @@ from works import WORKS, Work
 
 import fwdcompile
 from fwdcompile.data import import_torchvision
+from fwdcompile.measure import ratio, take_turns, timed
 from fwdcompile.objective import Objective
 
-WARM_UP = 3
 # threads of one framework spin a while after their last work, beside those of the next
 PAUSE = 0.02
 CAPTURED = "capture and transform, seconds"
@@ -131,20 +130,6 @@ def measure(
     return {m: refused.get(m) or cells[m] for m in methods}
 
 
-def take_turns(
-    runs: dict[str, Run], inner: int, device: torch.device, pairs: int, pause: float = 0.0
-) -> dict[str, list[float]]:
-    """Seconds of a step of each method, `pairs` times in turn, after a few that do not count."""
-    for run in runs.values():
-        timed(run, WARM_UP, device)
-    turns: dict[str, list[float]] = {method: [] for method in runs}
-    for _ in range(pairs):
-        for method, run in runs.items():
-            time.sleep(pause)
-            turns[method].append(timed(run, inner, device))
-    return turns
-
-
 def summary(turns: dict[str, list[float]], method: str, first: float) -> dict[str, float]:
     """Medians of the turns of one method; ratios to whom else took part."""
     cell = {"ms": statistics.median(turns[method]) * 1e3, "first step, seconds": first}
@@ -152,27 +137,6 @@ def summary(turns: dict[str, list[float]], method: str, first: float) -> dict[st
         if other in turns:
             cell[key] = ratio(turns, method, other)
     return cell
-
-
-def ratio(turns: dict[str, list[float]], method: str, other: str) -> float:
-    """The median over paired turns."""
-    pairs = zip(turns[method], turns[other], strict=True)
-    return statistics.median(mine / theirs for mine, theirs in pairs)
-
-
-def timed(run: Run, repeats: int, device: torch.device) -> float:
-    """Mean seconds of a step."""
-    synchronize(device)
-    began = time.perf_counter()
-    for _ in range(repeats):
-        run()
-    synchronize(device)
-    return (time.perf_counter() - began) / repeats
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
 
 
 def lower(name: str) -> float:

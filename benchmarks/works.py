@@ -12,7 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
 from fwdcompile.data import import_torchvision
-from fwdcompile.models import HIDDEN, MODELS
+from fwdcompile.models import MODELS, deep_mlp
 
 PAPER = ("logistic-regression", "mlp", "cnn")
 DEPTHS = (1, 3, 10, 30, 100)
@@ -70,18 +70,6 @@ def patches(batch: int, tokens: int = 197) -> tuple[Tensor, Tensor]:
 def text(batch: int, tokens: int = 128) -> tuple[Tensor, Tensor]:
     words = torch.randint(VOCABULARY, (batch, tokens + 1))
     return words[:, :-1].contiguous(), words[:, 1:].flatten()
-
-
-def deep_mlp(depth: int) -> nn.Module:
-    """The paper's figure 6: `depth` layers of 1024 and one of 10 behind them, without bias.
-
-    Weights are He's: under torch's own, 100 layers shrink the signal to denormal numbers.
-    """
-    layers: list[nn.Module] = [nn.Flatten()]
-    for i in range(depth):
-        layers += [nn.Linear(HIDDEN if i else 28 * 28, HIDDEN, bias=False), nn.ReLU()]
-        nn.init.kaiming_normal_(layers[-2].weight, nonlinearity="relu")
-    return nn.Sequential(*layers, nn.Linear(HIDDEN, CLASSES, bias=False))
 
 
 def resnet18() -> nn.Module:
@@ -178,10 +166,14 @@ def _paper(name: str) -> Work:
     return Work(build, images, inner=30 if name == "logistic-regression" else 1)
 
 
+def _deep(depth: int) -> Work:
+    return Work(functools.partial(deep_mlp, depth, (1, 28, 28), CLASSES), images)
+
+
 _BLOCK = ("attention", "perceptron")
 WORKS: dict[str, Work] = {
     **{name: _paper(name) for name in PAPER},
-    **{f"mlp-depth-{depth}": Work(functools.partial(deep_mlp, depth), images) for depth in DEPTHS},
+    **{f"mlp-depth-{depth}": _deep(depth) for depth in DEPTHS},
     "resnet18": Work(
         resnet18,
         functools.partial(images, channels=3, size=64),

@@ -1,4 +1,4 @@
-"""The three architectures of the paper (section 5), for images of any size."""
+"""The architectures of the paper (section 5), for images of any size."""
 
 from __future__ import annotations
 
@@ -74,6 +74,38 @@ def cnn(shape: Sequence[int], classes: int) -> nn.Module:
         nn.ReLU(),
         nn.Linear(HIDDEN, classes),
     )
+
+
+def deep_mlp(depth: int, shape: Sequence[int], classes: int) -> nn.Module:
+    """Layers of width 1024 with ReLU behind each and one of `classes` at the end, section 5.6.
+
+    No layer has a bias. Weights are He's: under torch's own, 100 layers shrink the signal to
+    denormal numbers.
+
+    Args:
+        depth: number of layers of width 1024, at least 1.
+        shape: of an image, (channels, height, width).
+        classes: number of classes.
+
+    Returns:
+        A float32 module from [batch, *shape] to logits [batch, classes].
+
+    Raises:
+        ValueError: no layer, a shape that is not three positive numbers, or fewer than one class.
+
+    Example:
+        >>> deep_mlp(3, (1, 8, 8), 10)(torch.zeros(2, 1, 8, 8)).shape
+        torch.Size([2, 10])
+    """
+    _check(shape, classes)
+    if depth < 1:
+        raise ValueError(f"depth must be at least 1, not {depth}")
+    layers: list[nn.Module] = [nn.Flatten()]
+    for i in range(depth):
+        layer = nn.Linear(HIDDEN if i else math.prod(shape), HIDDEN, bias=False)
+        nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+        layers += [layer, nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(HIDDEN, classes, bias=False))
 
 
 MODELS: dict[str, Callable[[Sequence[int], int], nn.Module]] = {

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from fwdcompile.models import MODELS, cnn, logistic_regression, mlp
+from fwdcompile.models import MODELS, cnn, deep_mlp, logistic_regression, mlp
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -28,6 +28,25 @@ def test_cnn_pools_after_the_second_and_fourth_convolution() -> None:
     kinds = [type(m).__name__ for m in cnn((1, 8, 8), 10)]  # type: ignore[arg-type]
     block = ["Conv2d", "ReLU", "Conv2d", "ReLU", "MaxPool2d"]
     assert kinds == [*block, *block, "Flatten", "Linear", "ReLU", "Linear"]
+
+
+def test_the_deep_mlp_has_as_many_layers_of_1024_as_asked_for_and_no_bias() -> None:
+    shapes = [tuple(p.shape) for p in deep_mlp(3, (3, 5, 4), 7).parameters()]
+    assert shapes == [(1024, 60), (1024, 1024), (1024, 1024), (7, 1024)]
+
+
+def test_the_deep_mlp_keeps_the_size_of_its_signal() -> None:
+    model = deep_mlp(30, (1, 8, 8), 10)
+    x = torch.randn(16, 1, 8, 8)
+    hidden = model[:-1](x).detach()  # type: ignore[index]
+    assert 0.3 < float(hidden.square().mean() / x.square().mean()) < 3
+
+
+def test_the_deep_mlp_refuses_no_layer_and_impossible_sizes() -> None:
+    with pytest.raises(ValueError, match="depth must be at least 1, not 0"):
+        deep_mlp(0, (1, 8, 8), 10)
+    with pytest.raises(ValueError, match="positive"):
+        deep_mlp(1, (1, 0, 8), 10)
 
 
 @pytest.mark.parametrize(
