@@ -21,7 +21,8 @@ from works import Problem, checkpointed
 
 from fwdcompile import FGD, Normal, Rademacher
 from fwdcompile.directions import Directions
-from fwdcompile.methods import METHODS, Config
+from fwdcompile.config import Config
+from fwdcompile.methods import METHODS
 
 # small, because the deepest models leave float32 within a few steps of the paper's rate
 LR, DECAY = 1e-6, 1e-4

@@ -8,6 +8,7 @@ from . import rule
 from .directions import Directions, Normal, Rademacher, RankOne, Sphere
 from .errors import (
     CaptureError,
+    CheckpointError,
     DataError,
     FwdcompileError,
     LossError,
@@ -23,6 +24,7 @@ from .saved import Saved, load
 __all__ = [
     "FGD",
     "CaptureError",
+    "CheckpointError",
     "DataError",
     "Directions",
     "Forward",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -20,14 +21,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from . import rule
+from .config import DIRECTIONS, NAMES, OPTIMIZERS, PERTURBED, Config
 from .costs import best_form
 from .data import Dataset, import_torchvision, load
 from .errors import FwdcompileError
 from .forward import transform
 from .graph import draw
-from .methods import METHODS, Config
 from .models import MODELS
-from .report import Report, plot
+from .report import BASES, Report, plot
 from .runner import Runner
 
 DEFAULT_INPUT = "1,3,64,64"
@@ -47,7 +48,11 @@ def train(
     data_root: Annotated[Path | None, typer.Option(help="directory of torchvision's sets")] = None,
     download: Annotated[bool, typer.Option(help="fetch a set that is not there")] = True,
     methods: Annotated[
-        str, typer.Option(help=f"separated by commas: {', '.join(METHODS)}")
+        str,
+        typer.Option(
+            help=f"separated by commas: {', '.join(NAMES)}; each may have settings of its own, "
+            "as fgd:lr=1e-3:samples=16"
+        ),
     ] = "fgd,backprop,backprop-compiled",
     iterations: Annotated[int, typer.Option(help="steps of each method")] = 1000,
     batch: Annotated[int, typer.Option(help="images a step")] = 64,
@@ -55,18 +60,28 @@ def train(
     decay: Annotated[float, typer.Option(help="k in lr exp(-k i)")] = 1e-4,
     runs: Annotated[int, typer.Option(help="independent runs")] = 1,
     seed: Annotated[int, typer.Option(help="of the first run")] = 0,
-    directions: Annotated[str, typer.Option(help="normal or rademacher")] = "normal",
+    directions: Annotated[str, typer.Option(help=f"{', '.join(DIRECTIONS)}")] = "normal",
     rank_one: Annotated[
         bool, typer.Option("--rank-one", help="directions of weights are outer products")
     ] = False,
     samples: Annotated[int, typer.Option(help="directions a step")] = 1,
-    every: Annotated[int, typer.Option(help="steps between looks at the validation set")] = 50,
+    perturb: Annotated[str, typer.Option(help=" or ".join(PERTURBED))] = "weights",
+    optimizer: Annotated[str, typer.Option(help=", ".join(OPTIMIZERS))] = "sgd",
+    clip: Annotated[float, typer.Option(help="the most of a directional derivative")] = math.inf,
+    every: Annotated[
+        int, typer.Option(help="steps between looks at the validation set, and checkpoints")
+    ] = 50,
     compile: Annotated[bool, typer.Option(help="compile the fgd step")] = True,
     mode: Annotated[str, typer.Option(help="torch.compile's mode")] = "default",
     skip_nonfinite: Annotated[
         bool, typer.Option("--skip-nonfinite", help="leave steps out that are not finite")
     ] = False,
-    tensorboard: Annotated[bool, typer.Option(help="write TensorBoard's event files")] = False,
+    tensorboard: Annotated[
+        bool, typer.Option("--tensorboard", help="write TensorBoard's event files")
+    ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="go on from the checkpoint in --out, if there is one")
+    ] = False,
     out: Annotated[Path, typer.Option(help="directory for the log and the picture")] = Path("runs"),
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1")] = "cpu",
 ) -> None:
@@ -84,6 +99,9 @@ def train(
         directions=directions,
         rank_one=rank_one,
         samples=samples,
+        perturb=perturb,
+        optimizer=optimizer,
+        clip=clip,
         every=every,
         compile=compile,
         mode=mode,
@@ -94,7 +112,7 @@ def train(
     def build() -> nn.Module:
         return MODELS[model](dataset.shape, dataset.classes)
 
-    report = compare(build, dataset, config, out, tensorboard)
+    report = compare(build, dataset, config, out, tensorboard, resume)
     Console().print(table(report))
     plot(report, out / "loss.png", f"{model} on {data}")
 
@@ -173,23 +191,24 @@ def compare(
     config: Config,
     out: Path,
     tensorboard: bool = False,
+    resume: bool = False,
 ) -> Report:
     """Runs a comparison under a progress bar; the arguments are those of `Runner`."""
     total = config.iterations * config.runs * len(config.methods)
     with tqdm(total=total, unit="step", dynamic_ncols=True) as bar:
 
-        def progress(method: str) -> None:
+        def progress(method: str, steps: int) -> None:
             bar.set_description(method, refresh=False)
-            bar.update()
+            bar.update(steps)
 
-        runner = Runner(build, data, config, log=out, tensorboard=tensorboard, progress=progress)
-        return runner.run()
+        options: dict[str, Any] = {"log": out, "tensorboard": tensorboard, "resume": resume}
+        return Runner(build, data, config, **options, progress=progress).run()
 
 
 def table(report: Report) -> Table:
     """The report as a table for a terminal."""
-    base = ", ".join(f"{kind} {seconds * 1e3:.2f} ms" for kind, seconds in report.base.items())
-    title = f"base runtime: {base}"
+    bases = {name: report.step_seconds(name) for name in BASES.values() if name in report.turns}
+    title = ", ".join(f"{name} {seconds * 1e3:.2f} ms" for name, seconds in bases.items())
     out = Table(box=SIMPLE, title=title, collapse_padding=True, pad_edge=False)
     heads = ("method", "train\nloss", "validation\nloss", "accuracy", "ms a\nstep", "R")
     for head in (*heads, "Rf/Rb", "Tf/Tb"):

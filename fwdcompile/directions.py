@@ -128,7 +128,9 @@ class Sphere(Normal):
 
     def __post_init__(self) -> None:
         if self.rank_one:
-            raise ValueError("directions on the sphere cannot be rank_one: take Rademacher or Normal")
+            raise ValueError(
+                "directions on the sphere cannot be rank_one: take Rademacher or Normal"
+            )
 
     def mixing(self, drawn: Sequence[Mapping[str, Tensor | RankOne]]) -> Tensor:
         """Scales to the length sqrt(d); orthogonal ones by the inverse of Cholesky's factor."""
@@ -139,7 +141,8 @@ class Sphere(Normal):
             raise ValueError(f"{len(drawn)} directions of {count} numbers cannot be orthogonal")
         unit = torch.eye(len(drawn), dtype=gram.dtype, device=gram.device)
         factor = torch.linalg.cholesky(gram)
-        return torch.linalg.solve_triangular(factor, unit, upper=False) * math.sqrt(count)
+        inverse: Tensor = torch.linalg.solve_triangular(factor, unit, upper=False)
+        return inverse * math.sqrt(count)
 
 
 @dataclass(frozen=True)
@@ -171,7 +174,7 @@ def scaled(direction: Tensor | RankOne, factor: Tensor) -> Tensor:
 
 
 def _gram(drawn: Sequence[Mapping[str, Tensor | RankOne]]) -> tuple[Tensor, int]:
-    """Inner products of all samples, `[K, K]` of 32 bits or more, and the count of their numbers."""
+    """Inner products of all samples, `[K, K]`, and how many numbers each has."""
     products, count = [], 0
     for name in drawn[0]:
         rows = torch.stack([dense_tensor(sample[name]).flatten() for sample in drawn])

@@ -33,3 +33,7 @@ class LossError(FwdcompileError, ValueError):
 
 class DataError(FwdcompileError, ValueError):
     """A data set is unknown, or its files are missing."""
+
+
+class CheckpointError(FwdcompileError, OSError):
+    """A checkpoint cannot be written or read, or belongs to another comparison."""

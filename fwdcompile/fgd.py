@@ -195,7 +195,9 @@ class ForwardGradient(Stepper):
         if perturb == "activations" and dynamic:
             raise ValueError("activity perturbation needs a fixed batch size: leave dynamic out")
         if perturb == "activations" and isinstance(directions, Sphere):
-            raise ValueError("activity perturbation draws for each example: take Rademacher, Normal")
+            raise ValueError(
+                "activity perturbation draws for each example: take Rademacher, Normal"
+            )
         chosen = Normal() if directions is None else directions
         super().__init__(
             model, loss_fn, chosen, samples, seed, compile, mode, nonfinite, dynamic, clip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,157 +13,134 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
-from .directions import Directions, Normal, Rademacher, RankOne, dense_tensor, stream_keys
+from .config import OPTIMIZERS, Config
+from .directions import RankOne, dense_tensor, stream_keys
 from .errors import NonFiniteError
 from .fgd import FGD, ForwardGradient
+from .stepper import with_own_code
 
-DIRECTIONS: dict[str, type[Directions]] = {"normal": Normal, "rademacher": Rademacher}
-MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
-Step = Callable[[Tensor, Tensor], Tensor]
 Draw = Callable[[list[Tensor], int], list[Tensor]]
 
 
 @dataclass(frozen=True)
-class Config:
-    """What a comparison trains, and how long.
+class Step:
+    """One step of training, and what of it a checkpoint keeps beside the model.
 
     Attributes:
-        methods: names from `METHODS`.
-        iterations: steps of each method; equal for all, as in the paper.
-        batch: images a step.
-        lr: learning rate at iteration 0.
-        decay: k in lr exp(-k i), the learning rate at iteration i, for every method.
-        runs: independent runs; run r uses seed + r for weights, batches and directions.
-        seed: of the first run.
-        directions: "normal" or "rademacher".
-        rank_one: directions of weights are outer products of two random vectors.
-        samples: directions a step, for the forward-gradient methods.
-        every: steps between two looks at the validation set; their time does not count.
-        compile: False runs the `fgd` methods as generated; a name that ends in -compiled compiles.
-        mode: torch.compile's mode.
-        skip_nonfinite: leaves steps out that are not finite, in place of stopping.
-
-    Raises:
-        ValueError: a number out of range, or an unknown name.
-
-    Example:
-        >>> Config(methods=("fgd", "backprop"), iterations=100, directions="rademacher")
+        run: from images and labels to the loss before the step; changes the model.
+        parts: things with `state_dict` and `load_state_dict`, by name.
     """
 
-    methods: tuple[str, ...] = ("fgd", "backprop", "backprop-compiled")
-    iterations: int = 1000
-    batch: int = 64
-    lr: float = 2e-4
-    decay: float = 1e-4
-    runs: int = 1
-    seed: int = 0
-    directions: str = "normal"
-    rank_one: bool = False
-    samples: int = 1
-    every: int = 50
-    compile: bool = True
-    mode: str = "default"
-    skip_nonfinite: bool = False
+    run: Callable[[Tensor, Tensor], Tensor]
+    parts: dict[str, Any]
 
-    def __post_init__(self) -> None:
-        for name in ("iterations", "batch", "runs", "samples", "every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if not self.methods or len(set(self.methods)) < len(self.methods):
-            raise ValueError(f"name each method once, not {', '.join(self.methods) or 'none'}")
-        for method in self.methods:
-            _known("method", method, METHODS)
-        _known("kind of directions", self.directions, DIRECTIONS)
-        _known("mode of torch.compile", self.mode, MODES)
-        if not (0 < self.lr < math.inf and 0 <= self.decay < math.inf):
-            raise ValueError(
-                f"lr must be positive and decay not negative, not {self.lr} and {self.decay}"
-            )
+    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
+        """One step; the loss before it, a detached tensor of no dimensions."""
+        return self.run(x, y)
 
-    @property
-    def source(self) -> Directions:
-        """Where directions come from."""
-        return DIRECTIONS[self.directions](rank_one=self.rank_one)
+    def state_dict(self) -> dict[str, Any]:
+        """Nested dicts of numbers and tensors."""
+        return {name: part.state_dict() for name, part in self.parts.items()}
 
-    def rate(self, iteration: int) -> float:
-        """The learning rate of one iteration."""
-        return self.lr * math.exp(-self.decay * iteration)
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues where `state_dict` was taken, or starts anew from that of a new step."""
+        for name, part in self.parts.items():
+            part.load_state_dict(state[name])
 
-    def compiles(self, method: str) -> bool:
-        """Whether the step of a method is compiled."""
-        return method.endswith("-compiled") or (method.startswith("fgd") and self.compile)
+
+class _Counted:
+    """A number that a step reads as a tensor."""
+
+    def __init__(self, value: int, device: torch.device) -> None:
+        self.tensor = torch.tensor(value, dtype=torch.int64, device=device)
+
+    def state_dict(self) -> dict[str, int]:
+        return {"value": int(self.tensor)}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.tensor.fill_(state["value"])
+
+
+class _Generator:
+    def __init__(self, seed: int, device: torch.device) -> None:
+        self.generator = torch.Generator(device).manual_seed(seed % 2**63)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"state": self.generator.get_state()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.generator.set_state(state["state"])
+
+
+def losses(out: Any, y: Tensor, reduction: str = "mean") -> Any:
+    """Cross entropy; a list where a model in training has an output for each of its blocks."""
+    if isinstance(out, Tensor):
+        return cross_entropy(out, y, reduction=reduction)
+    return [cross_entropy(each, y, reduction=reduction) for each in out]
+
+
+def total_loss(out: Any, y: Tensor) -> Tensor:
+    """The sum of `losses`."""
+    found = losses(out, y)
+    return found if isinstance(found, Tensor) else torch.stack(found).sum()
 
 
 def fgd(model: nn.Module, config: Config, seed: int) -> Step:
-    """Forward gradient descent, one graph a step."""
-    trainer = FGD(
-        model,
-        cross_entropy,
-        lr=config.lr,
-        decay=config.decay,
-        **_settings(config, seed),
-    )
-    return trainer.step
-
-
-def _settings(config: Config, seed: int) -> dict[str, Any]:
-    return {
+    """Forward gradient descent as one graph a step, or forward gradients for an optimizer."""
+    settings: dict[str, Any] = {
         "directions": config.source,
         "samples": config.samples,
+        "clip": config.clip if math.isfinite(config.clip) else None,
         "seed": seed,
         "compile": config.compile,
         "mode": config.mode,
         "nonfinite": "skip" if config.skip_nonfinite else "raise",
     }
-
-
-def activities(model: nn.Module, config: Config, seed: int) -> Step:
-    """Forward gradients by activity perturbation, one loss for each example, and SGD."""
-    gradient = ForwardGradient(
-        model,
-        functools.partial(cross_entropy, reduction="none"),
-        **_settings(config, seed),
-        perturb="activations",
-    )
-    optimizer = torch.optim.SGD(model.parameters(), lr=config.lr, fused=True)
+    if config.optimizer == "sgd" and config.perturb == "weights":
+        trainer = FGD(model, losses, lr=config.lr, decay=config.decay, **settings)
+        return Step(trainer.step, {"fgd": trainer})
+    per_example = functools.partial(losses, reduction="none")
+    loss_fn = per_example if config.perturb == "activations" else losses
+    gradient = ForwardGradient(model, loss_fn, perturb=config.perturb, **settings)  # type: ignore[arg-type]
+    optimizer = _optimizer(model, config)
 
     def step(x: Tensor, y: Tensor) -> Tensor:
-        optimizer.param_groups[0]["lr"] = config.rate(gradient.iteration)
+        _schedule(optimizer, config.rate(gradient.iteration))
         optimizer.zero_grad()
         loss = gradient(x, y)
         optimizer.step()
         return loss
 
-    return step
+    return Step(step, {"gradient": gradient, "optimizer": optimizer})
 
 
 def backprop(model: nn.Module, config: Config, seed: int, compiled: bool = False) -> Step:
-    """Backpropagation and SGD; `compiled` compiles forward and backward, the update is fused.
+    """Backpropagation; `compiled` compiles forward and backward, the update is fused.
 
     Only the loss is looked at for infinities: a look at every gradient would slow the rival down.
     """
-    optimizer = torch.optim.SGD(model.parameters(), lr=config.lr, fused=True)
+    optimizer = _optimizer(model, config)
+    count = _Counted(0, torch.device("cpu"))
 
     def objective(x: Tensor, y: Tensor) -> Tensor:
-        return cross_entropy(model(x), y)
+        return total_loss(model(x), y)
 
     run = _compiled(objective, config) if compiled else objective
-    iteration = 0
 
     def step(x: Tensor, y: Tensor) -> Tensor:
-        nonlocal iteration
+        iteration = int(count.tensor)
         optimizer.zero_grad()
-        optimizer.param_groups[0]["lr"] = config.rate(iteration)
+        _schedule(optimizer, config.rate(iteration))
         loss: Tensor = run(x, y)
         if torch.isfinite(loss):
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
         else:
             _refuse(loss, iteration, config)
-        iteration += 1
+        count.tensor.add_(1)
         return loss.detach()
 
-    return step
+    return Step(step, {"optimizer": optimizer, "count": count})
 
 
 def torch_jvp(
@@ -177,15 +154,17 @@ def torch_jvp(
     """
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     device = next(iter(parameters.values())).device
-    count = torch.zeros((), dtype=torch.int64, device=device)
-    hashed = compiled and not own
-    generator = None if own else torch.Generator(device).manual_seed(seed % 2**63)
-    draw = _hashed(config, seed, count) if hashed else _generated(config, generator)
+    start, counter, source = _Counted(seed, device), _Counted(0, device), _Generator(seed, device)
+    count = counter.tensor
+    if compiled and not own:
+        draw = _hashed(config, start.tensor, count)
+    else:
+        draw = _generated(config, None if own else source.generator)
 
     def update(x: Tensor, y: Tensor, values: list[Tensor]) -> tuple[Tensor, Tensor]:
         def objective(*ps: Tensor) -> Tensor:
             out = functional_call(model, dict(zip(parameters, ps, strict=True)), (x,))
-            return cross_entropy(out, y)
+            return total_loss(out, y)
 
         rate = config.lr * torch.exp(-config.decay * count) / config.samples
         moves = [torch.zeros((), dtype=value.dtype, device=device) for value in values]
@@ -209,12 +188,11 @@ def torch_jvp(
         count.add_(1)
         return loss.clone()
 
-    return step
+    return Step(step, {"seed": start, "count": counter, "generator": source})
 
 
 METHODS: dict[str, Callable[[nn.Module, Config, int], Step]] = {
     "fgd": fgd,
-    "fgd-activations": activities,
     "backprop": backprop,
     "backprop-compiled": functools.partial(backprop, compiled=True),
     "torch-jvp": torch_jvp,
@@ -223,8 +201,18 @@ METHODS: dict[str, Callable[[nn.Module, Config, int], Step]] = {
 }
 
 
-def _compiled(function: Callable[..., object], config: Config) -> Callable[..., Any]:
-    return torch.compile(function, fullgraph=True, dynamic=False, mode=config.mode)
+def _compiled(function: Callable[..., Any], config: Config) -> Callable[..., Any]:
+    return torch.compile(with_own_code(function), fullgraph=True, dynamic=False, mode=config.mode)
+
+
+def _optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return OPTIMIZERS[config.optimizer](trained, lr=config.lr, fused=True)
+
+
+def _schedule(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate
 
 
 def _refuse(loss: Tensor, iteration: int, config: Config) -> None:
@@ -235,9 +223,7 @@ def _refuse(loss: Tensor, iteration: int, config: Config) -> None:
         )
 
 
-def _hashed(config: Config, seed: int, count: Tensor) -> Draw:
-    start = torch.full_like(count, seed)
-
+def _hashed(config: Config, start: Tensor, count: Tensor) -> Draw:
     def draw(values: list[Tensor], sample: int) -> list[Tensor]:
         keys = stream_keys(start, count, config.samples, len(values))[sample]
         drawn = [
@@ -265,8 +251,3 @@ def _generated(config: Config, generator: torch.Generator | None) -> Draw:
         return [one(value) for value in values]
 
     return draw
-
-
-def _known(what: str, name: str, names: Iterable[str]) -> None:
-    if name not in names:
-        raise ValueError(f"no {what} is called {name!r}; there are {', '.join(names)}")

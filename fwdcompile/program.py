@@ -121,7 +121,7 @@ def value(node: fx.Node) -> Any:
 
 
 def outputs_reached(program: Program) -> Reached:
-    """For each tangent by name, the outputs whose tangents depend on it, in the order of outputs."""
+    """For each tangent by name, the outputs whose tangents depend on it, in their order."""
     nodes = {node: slot for node, slot in program.placeholders() if slot.kind == "tangent"}
     marks: dict[fx.Node, set[str]] = {node: {slot.name} for node, slot in nodes.items()}
     for node in program.graph.nodes:

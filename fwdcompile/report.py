@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from .methods import Config
+from .config import Config
+from .log import MEASURES, read
+from .measure import ratio
 
-WARM_UP = 3
+# what the base runtime goes by among the methods, eager and compiled
+BASES = {False: "base", True: "base-compiled"}
 
 
 @dataclass
@@ -20,13 +22,12 @@ class Trace:
     """One run of one method: what each look at the validation set found, and the time of steps.
 
     Attributes:
-        method: name from `METHODS`.
+        method: as the config names it.
         run: its number, from 0.
         iterations: steps taken before each look; the first look is before the first step.
         train_loss: mean minibatch loss since the look before; NaN at the first.
         validation_loss: over the whole validation set.
         accuracy: over the whole validation set, from 0 to 1.
-        step_seconds: of every step.
         stopped: why the run ended early, or "".
     """
 
@@ -36,20 +37,7 @@ class Trace:
     train_loss: list[float] = field(default_factory=list)
     validation_loss: list[float] = field(default_factory=list)
     accuracy: list[float] = field(default_factory=list)
-    step_seconds: list[float] = field(default_factory=list)
     stopped: str = ""
-
-    @property
-    def step_median(self) -> float:
-        """Median seconds of a step; the first ones, which may compile, are left out."""
-        return statistics.median(self.step_seconds[WARM_UP:] or self.step_seconds or [math.nan])
-
-    @property
-    def seconds(self) -> list[float]:
-        """Training time at each look; a first step counts as a median one at most."""
-        warm = [min(s, self.step_median) for s in self.step_seconds[:WARM_UP]]
-        clock = [0.0, *itertools.accumulate(warm + self.step_seconds[WARM_UP:])]
-        return [clock[i] for i in self.iterations]
 
 
 @dataclass(frozen=True)
@@ -57,12 +45,13 @@ class Row:
     """The measures of one method over its runs, as in section 5.2 of the paper.
 
     Attributes:
-        method: name from `METHODS`.
+        method: as the config names it.
         train_loss: at the end, mean over runs; the other two likewise.
         validation_loss: see `Trace`.
         accuracy: see `Trace`.
         ms: median milliseconds of a step.
-        r: step time over the base runtime of the same kind, eager or compiled: Rf or Rb.
+        r: step time over the base runtime of the same kind, eager or compiled: Rf or Rb; the
+            median over turns, as is the next.
         r_ratio: Rf/Rb, the step time over that of the rival; None for backpropagation itself.
         t_ratio: Tf/Tb; None where the rival's lowest validation loss was never reached.
         stopped: why a run ended early, or "".
@@ -85,7 +74,8 @@ class Report:
 
     Attributes:
         config: what was compared.
-        base: base runtime in seconds by kind, "eager" or "compiled".
+        turns: seconds of a step by method, measured in turns; those of the base runtime, too,
+            under the names in `BASES`.
         traces: one for each method and run.
 
     Example:
@@ -93,8 +83,37 @@ class Report:
     """
 
     config: Config
-    base: dict[str, float]
+    turns: dict[str, list[float]]
     traces: list[Trace]
+
+    @staticmethod
+    def read(path: Path) -> Report:
+        """The report that a log holds, `log.jsonl` or a copy of it."""
+        records = read(path)
+        names = {field.name for field in fields(Config)}
+        settings = {k: v for k, v in records[0]["config"].items() if k in names and v is not None}
+        config = Config(**settings | {"methods": tuple(settings["methods"])})
+        turns = {r["method"]: r["seconds"] for r in records if r["kind"] == "time"}
+        traces: dict[tuple[str, int], Trace] = {}
+        for record in records:
+            if record["kind"] == "step":
+                key = record["method"], record["run"]
+                trace = traces.setdefault(key, Trace(*key))
+                trace.iterations.append(record["iteration"])
+                for name in MEASURES:
+                    value = record[name]
+                    getattr(trace, name).append(math.nan if value is None else value)
+            if record["kind"] == "stop":
+                traces[record["method"], record["run"]].stopped = record["reason"]
+        return Report(config, turns, list(traces.values()))
+
+    def step_seconds(self, method: str) -> float:
+        """Median seconds of a step."""
+        return statistics.median(self.turns[method])
+
+    def seconds(self, trace: Trace) -> list[float]:
+        """Training time at each look: its iterations times the seconds of a step."""
+        return [i * self.step_seconds(trace.method) for i in trace.iterations]
 
     def rows(self) -> list[Row]:
         """One row for each method.
@@ -112,25 +131,20 @@ class Report:
         """Seconds and validation loss, averaged over runs, at the looks that all runs reached."""
         traces = self.of(method)
         shared = set.intersection(*(set(trace.iterations) for trace in traces))
-        seconds, losses = [], []
-        for i in sorted(shared):
-            places = [trace.iterations.index(i) for trace in traces]
-            pairs = list(zip(traces, places, strict=True))
-            seconds.append(statistics.fmean(trace.seconds[place] for trace, place in pairs))
-            losses.append(statistics.fmean(trace.validation_loss[place] for trace, place in pairs))
-        return seconds, losses
+        each = [dict(zip(trace.iterations, trace.validation_loss, strict=True)) for trace in traces]
+        losses = [statistics.fmean(curve[i] for curve in each) for i in sorted(shared)]
+        return [i * self.step_seconds(method) for i in sorted(shared)], losses
 
     def _row(self, method: str) -> Row:
         traces, rival = self.of(method), self._rival(method)
-        seconds = _step(traces)
         return Row(
             method,
             train_loss=_last([trace.train_loss for trace in traces]),
             validation_loss=_last([trace.validation_loss for trace in traces]),
             accuracy=_last([trace.accuracy for trace in traces]),
-            ms=seconds * 1e3,
-            r=seconds / self.base["compiled" if self.config.compiles(method) else "eager"],
-            r_ratio=seconds / _step(self.of(rival)) if rival else None,
+            ms=self.step_seconds(method) * 1e3,
+            r=ratio(self.turns, method, BASES[self.config.compiles(method)]),
+            r_ratio=ratio(self.turns, method, rival) if rival else None,
             t_ratio=self._time_ratio(method, rival) if rival else None,
             stopped=next((trace.stopped for trace in traces if trace.stopped), ""),
         )
@@ -173,16 +187,12 @@ def plot(report: Report, path: str | Path, title: str = "") -> None:
             label = method if trace.run == 0 else None
             style: dict[str, Any] = {"color": f"C{number}", "label": label, "alpha": 0.8}
             by_iteration.plot(trace.iterations, trace.validation_loss, **style)
-            by_time.plot(trace.seconds, trace.validation_loss, **style)
+            by_time.plot(report.seconds(trace), trace.validation_loss, **style)
     by_iteration.set(xlabel="iteration", ylabel="validation loss")
     by_time.set(xlabel="seconds of training")
     by_iteration.legend()
     figure.suptitle(title)
     figure.savefig(path)
-
-
-def _step(traces: Sequence[Trace]) -> float:
-    return statistics.median(trace.step_median for trace in traces)
 
 
 def _last(curves: Sequence[Sequence[float]]) -> float:

@@ -2,43 +2,55 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
+import functools
 import math
 import platform
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from . import __version__
+from . import __version__, checkpoint
+from .config import Config
 from .costs import device_name
 from .data import Dataset, batches
-from .errors import NonFiniteError
-from .methods import METHODS, Config
-from .report import WARM_UP, Report, Trace
+from .errors import CheckpointError, NonFiniteError
+from .log import MEASURES, Log
+from .measure import take_turns
+from .methods import METHODS, Step, total_loss
+from .report import BASES, Report, Trace
 
-BASE_REPEATS = 50
+CHECKPOINT = "checkpoint.pt"
+TURNS = 24
 VALIDATION_BATCH = 1000
 
 
 class Runner:
     """Trains every method of a config from equal weights on equal batches.
 
+    Times are measured first: all methods and the model alone take turns, so that ratios are of
+    steps that the same machine did under the same load. Then each method trains.
+
     Args:
         build: makes a fresh model; called under a seed, so that all methods start alike.
         data: what to train and validate on, on the device to use.
         config: the comparison.
-        log: a directory for `log.jsonl` (a header, the base runtimes, a line for each look at the
-            validation set, a line for each method's result); None writes nothing.
+        log: a directory for `log.jsonl` (a header, the times, a line for each look at the
+            validation set, a line for each method's result) and `checkpoint.pt`, which is written
+            at each look; None writes nothing.
         tensorboard: writes TensorBoard's event files there, too.
-        progress: called after each step with the method's name.
+        resume: goes on from the checkpoint there, to the very weights of a run that was never
+            stopped; begins where there is none.
+        progress: called with the method's name and the number of steps that it has done since.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged, or of another comparison.
 
     Example:
         >>> data = load("digits")
@@ -54,90 +66,130 @@ class Runner:
         *,
         log: Path | None = None,
         tensorboard: bool = False,
-        progress: Callable[[str], None] = lambda method: None,
+        resume: bool = False,
+        progress: Callable[[str, int], None] = lambda method, steps: None,
     ) -> None:
         self.build, self.data, self.config = build, data, config
-        self.log, self.tensorboard, self.progress = log, tensorboard, progress
+        self.folder, self.tensorboard, self.resume = log, tensorboard, resume
+        self.progress = progress
         self.device = data.train[0].device
+        self._steps: dict[str, tuple[nn.Module, Step]] = {}
 
     def run(self) -> Report:
         """Trains, measures and returns the report."""
-        config = self.config
-        with _Log(self.log, self.tensorboard) as log:
-            log.write({"kind": "header", **environment(self.device), "config": asdict(config)})
-            base = {
-                kind: self.base_seconds(kind == "compiled")
-                for kind in ("eager", "compiled")
-                if any(config.compiles(m) == (kind == "compiled") for m in config.methods)
-            }
-            log.write({"kind": "base", **base})
-            traces = [
-                self._train(method, run, log)
-                for run in range(config.runs)
-                for method in config.methods
-            ]
-            report = Report(config, base, traces)
+        state = self._resumed() if self.resume and self.folder else None
+        with Log(self.folder, state["log"] if state else 0, self.tensorboard) as log:
+            if state is None:
+                header = {**environment(self.device), "config": asdict(self.config)}
+                log.write({"kind": "header", **header})
+                report = Report(self.config, self._times(), [])
+                for name, seconds in report.turns.items():
+                    log.write({"kind": "time", "method": name, "seconds": seconds})
+                self._save(log, report)
+            else:
+                report = Report(self.config, state["turns"], [Trace(**t) for t in state["traces"]])
+            self._go_on(report, state["current"] if state else None, log)
             for row in report.rows():
                 log.write({"kind": "result", **asdict(row)})
         return report
 
-    def base_seconds(self, compiled: bool) -> float:
-        """Runtime of f, section 5.2: forward and loss of one batch, no derivative, no update."""
-        torch.compiler.reset()
+    def _go_on(self, report: Report, current: dict[str, Any] | None, log: Log) -> None:
+        """Trains what a report lacks; `current` is the state of its last trace, if unfinished."""
+        for trace in report.traces:
+            self.progress(trace.method, trace.iterations[-1])
+        if current:
+            self._train(report, report.traces[-1], current, log)
+        plan = [(method, run) for run in range(self.config.runs) for method in self.config.methods]
+        for method, run in plan[len(report.traces) :]:
+            report.traces.append(Trace(method, run))
+            self._train(report, report.traces[-1], None, log)
+
+    def _times(self) -> dict[str, list[float]]:
+        """Seconds of a step, in turns: of model and loss alone (section 5.2), and of methods."""
+        config = self.config
+        x, y = next(batches(self.data.train, config.batch, config.seed))
+        kinds = {config.compiles(method) for method in config.methods}
+        runs: dict[str, Callable[[], Any]] = {
+            BASES[compiled]: self._base(compiled, x, y) for compiled in sorted(kinds)
+        }
+        for method in config.methods:
+            _, step = self._step(method)
+            runs[method] = functools.partial(_attempt, step, x, y)
+        return take_turns(runs, 1, self.device, TURNS)
+
+    def _base(self, compiled: bool, x: Tensor, y: Tensor) -> Callable[[], Tensor]:
         model = self._model(self.config.seed)
-        x, y = next(batches(self.data.train, self.config.batch, self.config.seed))
 
-        def objective(x: Tensor, y: Tensor) -> Tensor:
-            return cross_entropy(model(x), y)
+        def objective() -> Tensor:
+            return total_loss(model(x), y)
 
-        run = objective
         if compiled:
-            run = torch.compile(objective, fullgraph=True, dynamic=False, mode=self.config.mode)
-        times = []
-        with torch.no_grad():
-            for _ in range(WARM_UP + BASE_REPEATS):
-                self._synchronize()
-                began = time.perf_counter()
-                run(x, y)
-                self._synchronize()
-                times.append(time.perf_counter() - began)
-        return statistics.median(times[WARM_UP:])
+            objective = torch.compile(
+                objective, fullgraph=True, dynamic=False, mode=self.config.mode
+            )
+        return torch.no_grad()(objective)
 
-    def _train(self, method: str, run: int, log: _Log) -> Trace:
+    def _train(
+        self, report: Report, trace: Trace, current: dict[str, Any] | None, log: Log
+    ) -> None:
         """One method, one run. A step that is not finite ends it, unless such are left out."""
-        torch.compiler.reset()
-        config, seed = self.config, self.config.seed + run
-        model = self._model(seed)
-        step = METHODS[method](model, config, seed)
-        trace, stream = Trace(method, run), batches(self.data.train, config.batch, seed)
-        self._look(trace, model, [], log)
+        model, step = self._step(trace.method)
+        seed = self.config.seed + trace.run
+        if current is None:
+            fresh = self._model(seed)
+            model.load_state_dict(fresh.state_dict())
+            step.load_state_dict(self._made(trace.method, fresh, seed).state_dict())
+            self._look(trace, model, 0, [], report, log)
+        else:
+            model.load_state_dict(current["model"])
+            step.load_state_dict(current["step"])
+            _set_random_state(current["random"], self.device)
+        done = trace.iterations[-1]
+        stream = batches(self.data.train, self.config.batch, seed, done)
         losses: list[float] = []
-        for i in range(1, config.iterations + 1):
-            x, y = next(stream)
-            self._synchronize()
-            began = time.perf_counter()
+        while done < self.config.iterations and not trace.stopped:
             try:
-                loss = step(x, y)
+                losses.append(float(step(*next(stream))))
+                done += 1
+                self.progress(trace.method, 1)
             except NonFiniteError as error:
                 trace.stopped = str(error)
-                break
-            self._synchronize()
-            trace.step_seconds.append(time.perf_counter() - began)
-            losses.append(float(loss))
-            self.progress(method)
-            if i % config.every == 0:
-                self._look(trace, model, losses, log)
+            last = trace.stopped or done == self.config.iterations
+            if losses and (last or done % self.config.every == 0):
+                self._look(trace, model, done, losses, report, log)
                 losses = []
-        if losses:
-            self._look(trace, model, losses, log)
-        return trace
+                if not last:
+                    self._save(log, report, (model, step))
+        if trace.stopped:
+            names = {"method": trace.method, "run": trace.run}
+            log.write({"kind": "stop", **names, "reason": trace.stopped})
+        self._save(log, report)
+
+    def _step(self, method: str) -> tuple[nn.Module, Step]:
+        """A method's model and step; both serve all runs, so that each step compiles once."""
+        if method not in self._steps:
+            model = self._model(self.config.seed)
+            self._steps[method] = model, self._made(method, model, self.config.seed)
+        return self._steps[method]
+
+    def _made(self, method: str, model: nn.Module, seed: int) -> Step:
+        name, config = self.config.of(method)
+        return METHODS[name](model, config, seed)
 
     def _model(self, seed: int) -> nn.Module:
         torch.manual_seed(seed)
         return self.build().to(self.device)
 
     @torch.no_grad()
-    def _look(self, trace: Trace, model: nn.Module, losses: list[float], log: _Log) -> None:
+    def _look(
+        self,
+        trace: Trace,
+        model: nn.Module,
+        done: int,
+        losses: list[float],
+        report: Report,
+        log: Log,
+    ) -> None:
         """Adds the state of the model on the validation set to the trace and the log."""
         images, labels = self.data.validation
         was_training = model.training
@@ -150,58 +202,54 @@ class Runner:
             right += int((out.argmax(1) == y).sum())
         model.train(was_training)
         finite = [loss for loss in losses if math.isfinite(loss)]
-        trace.iterations.append(len(trace.step_seconds))
+        trace.iterations.append(done)
         trace.train_loss.append(statistics.fmean(finite) if finite else math.nan)
         trace.validation_loss.append(total / len(labels))
         trace.accuracy.append(right / len(labels))
-        record = {"kind": "step", "method": trace.method, "run": trace.run}
-        record |= {"iteration": trace.iterations[-1], "seconds": trace.seconds[-1]}
-        names = ("train_loss", "validation_loss", "accuracy")
-        log.write(record | {name: getattr(trace, name)[-1] for name in names})
+        record = {"kind": "step", "method": trace.method, "run": trace.run, "iteration": done}
+        record["seconds"] = report.seconds(trace)[-1]
+        log.write(record | {name: getattr(trace, name)[-1] for name in MEASURES})
 
-    def _synchronize(self) -> None:
-        if self.device.type != "cpu":
-            torch.accelerator.synchronize(self.device)
-
-
-class _Log:
-    """JSON lines, and TensorBoard events if asked for."""
-
-    def __init__(self, folder: Path | None, tensorboard: bool) -> None:
-        self._file = None
-        self._events: Any = None
-        if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
-            if tensorboard:
-                from torch.utils.tensorboard import SummaryWriter
-
-                self._events = SummaryWriter(str(folder))  # type: ignore[no-untyped-call]
-            self._file = (folder / "log.jsonl").open("w", encoding="utf-8")
-
-    def __enter__(self) -> _Log:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
+    def _save(
+        self, log: Log, report: Report, unfinished: tuple[nn.Module, Step] | None = None
     ) -> None:
-        for stream in (self._file, self._events):
-            if stream is not None:
-                stream.close()
+        """Writes the checkpoint: all of the report, and what the unfinished run needs."""
+        if self.folder is None:
+            return
+        current = None
+        if unfinished:
+            model, step = unfinished
+            current = {"model": model.state_dict(), "step": step.state_dict()}
+            current["random"] = _random_state(self.device)
+        state = self._identity() | {
+            "turns": report.turns,
+            "traces": [asdict(trace) for trace in report.traces],
+            "current": current,
+            "log": log.size,
+        }
+        checkpoint.save(self.folder / CHECKPOINT, state)
 
-    def write(self, record: dict[str, Any]) -> None:
-        """Adds a record; what is not finite becomes null, as JSON has no word for it."""
-        record = {name: _finite(x) for name, x in record.items()}
-        if self._file is not None:
-            self._file.write(json.dumps(record, allow_nan=False) + "\n")
-            self._file.flush()
-        if self._events is not None and record["kind"] == "step":
-            for name in ("train_loss", "validation_loss", "accuracy"):
-                if record[name] is not None:
-                    tag = f"{name}/{record['method']}-{record['run']}"
-                    self._events.add_scalar(tag, record[name], record["iteration"])
+    def _resumed(self) -> dict[str, Any] | None:
+        """The checkpoint, if there is one and it is of this comparison."""
+        assert self.folder is not None
+        state = checkpoint.load(self.folder / CHECKPOINT)
+        if state is None:
+            return None
+        for name, mine in self._identity().items():
+            for key, value in mine.items():
+                if state[name].get(key) != value:
+                    raise CheckpointError(
+                        f"the checkpoint in {self.folder} is of another {name}: {key} was "
+                        f"{state[name].get(key)}, is {value}; begin without --resume"
+                    )
+        return state
+
+    def _identity(self) -> dict[str, dict[str, Any]]:
+        """What has to be equal for a run to go on bit by bit."""
+        images, labels = self.data.train
+        data = {"images": list(images.shape), "pixels": float(images.double().sum())}
+        data |= {"labels": int(labels.sum()), "held out": len(self.data.validation[1])}
+        return {"comparison": asdict(self.config), "data set": data}
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -216,5 +264,18 @@ def environment(device: torch.device) -> dict[str, Any]:
     }
 
 
-def _finite(x: Any) -> Any:
-    return None if isinstance(x, float) and not math.isfinite(x) else x
+def _attempt(step: Step, x: Tensor, y: Tensor) -> None:
+    """A step that is only timed: one that is not finite takes as long."""
+    with contextlib.suppress(NonFiniteError):
+        step(x, y)
+
+
+def _random_state(device: torch.device) -> dict[str, Tensor]:
+    state = {"cpu": torch.get_rng_state()}
+    return state if device.type == "cpu" else state | {"cuda": torch.cuda.get_rng_state(device)}
+
+
+def _set_random_state(state: dict[str, Tensor], device: torch.device) -> None:
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)

@@ -161,19 +161,16 @@ class Stepper:
         return Plan(run, lowered, state_homes(self.objective), places)
 
     def _compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The function compiled, with a code object of its own: dynamo counts recompilations by it.
+        """The function compiled, if that was asked for.
 
         Of torch's guards those on tensors are kept. All else that a step reads is fixed or part of
         the key of its plan, and looking at it takes a tenth of a small model's step.
         """
         if not self._compile:
             return function
-        code = function.__code__.replace()
-        fresh = types.FunctionType(
-            code, function.__globals__, function.__name__, closure=function.__closure__
-        )
         options = torch._inductor.list_mode_options(self._mode) | {"guard_filter_fn": _ON_TENSORS}
         dynamic = None if self._forward.dynamic else False
+        fresh = with_own_code(function)
         return torch.compile(fresh, fullgraph=True, dynamic=dynamic, options=options)
 
     def _check(self, lowered: Lowered) -> None:
@@ -206,7 +203,7 @@ class Stepper:
             if slot.kind == "tangent":
                 slopes[slot.name].append(_mean(out))
         known = {name: torch.stack(each) for name, each in slopes.items() if each}
-        finite = torch.isfinite(torch.stack([*losses.values(), *sum(slopes.values(), [])])).all()
+        finite = torch.isfinite(torch.cat([torch.stack([*losses.values()]), *known.values()])).all()
         for slot, out in pairs:
             if slot.kind in ("buffer", "input"):
                 values[slot.name].copy_(torch.where(finite, out, values[slot.name]))
@@ -257,6 +254,12 @@ class Stepper:
         return plan, loss, finite, *rest
 
 
+def with_own_code(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function with a code object of its own: dynamo counts recompilations by it."""
+    code, names = function.__code__.replace(), function.__globals__
+    return types.FunctionType(code, names, function.__name__, closure=function.__closure__)
+
+
 def kinds_of(lowered: Lowered) -> Kinds:
     """What a step draws directions for, in the order of their keys."""
     kinds: Kinds = {}
@@ -289,8 +292,8 @@ def check_loss(lowered: Lowered, most: int = 0) -> None:
     program = lowered.program
     outs = [value(node) for node, slot in program.results() if slot.kind == "output"]
     if not outs or len(program.out_spec.leaves) != len(outs):
-        raise LossError("the objective must return the loss, or several, as tensors; give a loss_fn")
+        raise LossError("the objective must return the loss, or several; give a loss_fn")
     for out in outs:
         if out.ndim > most or not out.is_floating_point():
-            shape, dtype = list(out.shape), out.dtype
-            raise LossError(f"a loss must be a floating scalar tensor, not {dtype} of shape {shape}")
+            kind = f"{out.dtype} of shape {list(out.shape)}"
+            raise LossError(f"a loss must be a floating scalar tensor, not {kind}")

@@ -2,6 +2,10 @@ from __future__ import annotations
 
 import json
 import math
+import signal
+import statistics
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +13,11 @@ import pytest
 import torch
 from torch import nn
 
+from fwdcompile.config import Config
 from fwdcompile.data import Dataset
-from fwdcompile.methods import METHODS, Config, Step
+from fwdcompile.errors import CheckpointError
+from fwdcompile.measure import ratio
+from fwdcompile.methods import METHODS, Step
 from fwdcompile.report import Report
 from fwdcompile.runner import Runner
 
@@ -71,22 +78,22 @@ def test_methods_see_equal_batches(monkeypatch: pytest.MonkeyPatch) -> None:
                 seen[method].append((x.tolist(), y.tolist()))
                 return torch.zeros(())
 
-            return step
+            return Step(step, {})
 
         return make
 
     for method in seen:
         monkeypatch.setitem(METHODS, method, spy(method))
     compare(settings(methods=("fgd", "backprop"), iterations=12))
-    assert len(seen["fgd"]) == 12 and seen["fgd"] == seen["backprop"]
+    # the last ones: before them, steps are timed
+    trained = [batches[-12:] for batches in seen.values()]
+    assert trained[0] == trained[1] and trained[0][0] != trained[0][1]
 
 
 def test_looks_at_intervals_and_at_the_end_with_mean_losses() -> None:
     trace = compare(settings(methods=("backprop",))).traces[0]
     assert trace.iterations == [0, 10, 20, 25]
-    assert len(trace.step_seconds) == 25
     assert math.isnan(trace.train_loss[0]) and all(map(math.isfinite, trace.train_loss[1:]))
-    assert trace.seconds == sorted(trace.seconds)
 
 
 def test_validation_covers_the_whole_set_in_eval_mode(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,18 +114,21 @@ def test_validation_covers_the_whole_set_in_eval_mode(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("method", ["fgd", "backprop", "torch-jvp"])
-def test_a_run_that_diverges_stops_with_its_iteration_and_good_weights(method: str) -> None:
+def test_a_run_that_diverges_stops_with_its_iteration_and_good_weights(
+    method: str, tmp_path: Path
+) -> None:
     data = blobs()
     poisoned = data.train[0].clone()
     poisoned[7] = math.nan
     runner = Runner(linear, Dataset((poisoned, data.train[1]), data.validation),
-                    settings(methods=(method,), iterations=60))  # fmt: skip
+                    settings(methods=(method,), iterations=60), log=tmp_path)  # fmt: skip
     report = runner.run()
     (trace,) = report.traces
-    steps = len(trace.step_seconds)
+    steps = trace.iterations[-1]
     assert steps < 5 and f"iteration {steps}: the loss (nan)" in trace.stopped
-    assert trace.iterations[-1] == steps and math.isfinite(trace.validation_loss[-1])
+    assert math.isfinite(trace.validation_loss[-1])
     assert report.rows()[0].stopped == trace.stopped
+    assert Report.read(tmp_path / "log.jsonl").rows() == report.rows()
 
 
 def test_steps_that_are_not_finite_are_left_out_if_asked() -> None:
@@ -128,7 +138,7 @@ def test_steps_that_are_not_finite_are_left_out_if_asked() -> None:
     config = settings(skip_nonfinite=True, iterations=30)
     report = Runner(linear, Dataset((poisoned, data.train[1]), data.validation), config).run()
     for trace in report.traces:
-        assert len(trace.step_seconds) == 30 and not trace.stopped
+        assert trace.iterations[-1] == 30 and not trace.stopped
         assert math.isfinite(trace.validation_loss[-1])
 
 
@@ -136,11 +146,12 @@ def test_the_log_has_header_base_steps_and_results(tmp_path: Path) -> None:
     report = compare(settings(methods=("fgd", "backprop")), log=tmp_path / "new")
     records = read(tmp_path / "new")
     kinds = [record["kind"] for record in records]
-    assert kinds == ["header", "base", *["step"] * 8, "result", "result"]
-    header, base, first, second = records[:4]
+    assert kinds == ["header", *["time"] * 3, *["step"] * 8, "result", "result"]
+    header, base, _, _, first, second = records[:6]
     assert header["torch"] == torch.__version__ and header["config"]["lr"] == 0.05
     assert header["device"] and header["threads"] >= 1
-    assert base["eager"] == report.base["eager"] > 0 and "compiled" not in base
+    assert base["method"] == "base" and base["seconds"] == report.turns["base"]
+    assert len(base["seconds"]) >= 20 and min(base["seconds"]) > 0
     assert first["iteration"] == 0 and first["train_loss"] is None
     assert second["validation_loss"] == report.traces[0].validation_loss[1]
     assert records[-1]["method"] == "backprop" and records[-1]["r_ratio"] is None
@@ -155,16 +166,148 @@ def test_tensorboard_events_are_written_only_if_asked(tmp_path: Path) -> None:
 
 
 def test_progress_hears_of_every_step() -> None:
-    heard: list[str] = []
-    compare(settings(methods=("backprop", "fgd"), iterations=3, runs=2), progress=heard.append)
-    assert heard == (["backprop"] * 3 + ["fgd"] * 3) * 2
+    heard: list[tuple[str, int]] = []
+    compare(
+        settings(methods=("backprop", "fgd"), iterations=3, runs=2),
+        progress=lambda method, steps: heard.append((method, steps)),
+    )
+    assert heard == ([("backprop", 1)] * 3 + [("fgd", 1)] * 3) * 2
 
 
 @pytest.mark.compiled
 def test_compiled_backprop_learns_as_eager_does_and_has_a_base_of_its_own() -> None:
-    report = compare(settings(methods=("backprop", "backprop-compiled"), iterations=12))
-    assert set(report.base) == {"eager", "compiled"}
+    methods = ("backprop", "backprop-compiled")
+    report = compare(settings(methods=methods, iterations=12))
+    assert set(report.turns) == {"base", "base-compiled", "backprop", "backprop-compiled"}
     eager, compiled = report.rows()
     assert compiled.validation_loss == pytest.approx(eager.validation_loss, rel=1e-5)
-    assert compiled.r == pytest.approx(compiled.ms / 1e3 / report.base["compiled"])
-    assert eager.r == pytest.approx(eager.ms / 1e3 / report.base["eager"])
+    for row, base in ((eager, "base"), (compiled, "base-compiled")):
+        assert row.r == ratio(report.turns, row.method, base)
+        assert row.ms == pytest.approx(1e3 * statistics.median(report.turns[row.method]))
+
+
+def test_a_log_holds_the_whole_report(tmp_path: Path) -> None:
+    report = compare(settings(runs=2, clip=2.0), log=tmp_path)
+    found = Report.read(tmp_path / "log.jsonl")
+    assert found.config == report.config and found.turns == report.turns
+    assert found.rows() == report.rows()
+    assert [t.validation_loss for t in found.traces] == [t.validation_loss for t in report.traces]
+
+
+STOPPED = """
+import os, signal, sys
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+from test_runner import {model}, blobs, settings
+from fwdcompile.runner import Runner
+
+left = {steps}
+def progress(method, steps):
+    global left
+    left -= steps
+    if left == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+config = settings(methods={methods!r}, runs=2, optimizer={optimizer!r})
+Runner({model}, blobs(), config, log=Path({folder!r}), resume=True, progress=progress).run()
+"""
+
+
+def dropped() -> nn.Module:
+    """Dropout and batch norm: random numbers and buffers that a resumed run has to go on with."""
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.3), nn.Linear(8, 2)
+    )
+
+
+@pytest.mark.parametrize(
+    ("build", "methods", "optimizer"),
+    [(dropped, ("fgd:samples=2", "backprop"), "adam"), (linear, ("torch-jvp",), "sgd")],
+)
+def test_a_killed_run_goes_on_to_the_very_same_end(
+    tmp_path: Path, build: Any, methods: tuple[str, ...], optimizer: str
+) -> None:
+    config = settings(methods=methods, runs=2, optimizer=optimizer)
+    whole = Runner(build, blobs(), config, log=tmp_path / "whole").run()
+    folder = tmp_path / "killed"
+    # the last number is of a run to the end, and of one after it that has nothing to do
+    for steps in (13, 37, 10**9, 10**9):
+        script = STOPPED.format(tests=str(Path(__file__).parent), steps=steps, folder=str(folder),
+                                methods=methods, optimizer=optimizer, model=build.__name__)  # fmt: skip
+        done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], check=False)
+        assert done.returncode == (0 if steps > 1000 else -signal.SIGKILL)
+    found = Report.read(folder / "log.jsonl")
+    assert found.traces == Report.read(tmp_path / "whole" / "log.jsonl").traces
+    assert len(found.traces) == len(whole.traces)
+    saved = [torch.load(f / "checkpoint.pt", weights_only=True)["traces"]
+             for f in (folder, tmp_path / "whole")]  # fmt: skip
+    for mine, theirs in zip(*saved, strict=True):
+        assert mine["validation_loss"] == theirs["validation_loss"]
+
+
+def test_a_resumed_run_has_bit_identical_weights(tmp_path: Path) -> None:
+    def ends(folder: Path, stop: int | None) -> list[Any]:
+        def progress(method: str, steps: int) -> None:
+            nonlocal stop
+            stop = stop - steps if stop is not None else None
+            if stop == 0:
+                raise KeyboardInterrupt
+
+        config = settings(methods=("fgd:optimizer=adam", "backprop"), iterations=30)
+        runner = Runner(dropped, blobs(), config, log=folder, resume=True, progress=progress)
+        if stop is not None:
+            with pytest.raises(KeyboardInterrupt):
+                runner.run()
+            return []
+        runner.run()
+        return [list(model.state_dict().values()) for model, _ in runner._steps.values()]
+
+    expected = ends(tmp_path / "whole", None)[1]
+    assert not ends(tmp_path / "parts", 47)
+    (found,) = ends(tmp_path / "parts", None)  # backprop alone was left
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_a_checkpoint_of_another_comparison_is_refused(tmp_path: Path) -> None:
+    compare(settings(methods=("backprop",)), log=tmp_path)
+    before = (tmp_path / "log.jsonl").read_bytes()
+    for config, data, message in (
+        (settings(methods=("backprop",), lr=0.5), blobs(), "comparison: lr was 0.05, is 0.5"),
+        (settings(methods=("backprop",)), Dataset(blobs().train, blobs().train), "data set: held"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            Runner(linear, data, config, log=tmp_path, resume=True).run()
+    assert (tmp_path / "log.jsonl").read_bytes() == before
+    compare(settings(methods=("backprop",), lr=0.5), log=tmp_path)
+    assert read(tmp_path)[0]["config"]["lr"] == 0.5
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save, written = torch.save, []
+
+    def full(state: Any, file: Any) -> None:
+        if len(written) == 2:
+            file.write(b"half of it")
+            raise OSError(28, "No space left on device")
+        written.append(state)
+        save(state, file)
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(CheckpointError, match=r"No space left.*the last one is as it was"):
+        compare(settings(methods=("backprop",)), log=tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint.pt", "log.jsonl"]
+    monkeypatch.setattr(torch, "save", save)
+    (trace,) = compare(settings(methods=("backprop",)), log=tmp_path, resume=True).traces
+    assert trace.iterations == [0, 10, 20, 25]
+
+
+@pytest.mark.compiled
+def test_all_runs_share_one_compiled_step() -> None:
+    torch._dynamo.utils.counters.clear()
+    report = compare(settings(methods=("fgd",), runs=3, iterations=4, compile=True))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # the base has one
+    eager = compare(settings(methods=("fgd",), runs=3, iterations=4))
+    for mine, theirs in zip(report.traces, eager.traces, strict=True):
+        assert mine.validation_loss == pytest.approx(theirs.validation_loss, rel=1e-5)
