@@ -82,7 +82,7 @@ class Runner:
             if state is None:
                 header = {**environment(self.device), "config": asdict(self.config)}
                 log.write({"kind": "header", **header})
-                report = Report(self.config, self._times(), [])
+                report = Report(self.config, self.times(), [])
                 for name, seconds in report.turns.items():
                     log.write({"kind": "time", "method": name, "seconds": seconds})
                 self._save(log, report)
@@ -104,7 +104,7 @@ class Runner:
             report.traces.append(Trace(method, run))
             self._train(report, report.traces[-1], None, log)
 
-    def _times(self) -> dict[str, list[float]]:
+    def times(self) -> dict[str, list[float]]:
         """Seconds of a step, in turns: of model and loss alone (section 5.2), and of methods."""
         config = self.config
         x, y = next(batches(self.data.train, config.batch, config.seed))
@@ -139,7 +139,7 @@ class Runner:
             fresh = self._model(seed)
             model.load_state_dict(fresh.state_dict())
             step.load_state_dict(self._made(trace.method, fresh, seed).state_dict())
-            self._look(trace, model, 0, [], report, log)
+            self._look(trace, model, 0, [], log)
         else:
             model.load_state_dict(current["model"])
             step.load_state_dict(current["step"])
@@ -156,7 +156,7 @@ class Runner:
                 trace.stopped = str(error)
             last = trace.stopped or done == self.config.iterations
             if losses and (last or done % self.config.every == 0):
-                self._look(trace, model, done, losses, report, log)
+                self._look(trace, model, done, losses, log)
                 losses = []
                 if not last:
                     self._save(log, report, (model, step))
@@ -182,13 +182,7 @@ class Runner:
 
     @torch.no_grad()
     def _look(
-        self,
-        trace: Trace,
-        model: nn.Module,
-        done: int,
-        losses: list[float],
-        report: Report,
-        log: Log,
+        self, trace: Trace, model: nn.Module, done: int, losses: list[float], log: Log
     ) -> None:
         """Adds the state of the model on the validation set to the trace and the log."""
         images, labels = self.data.validation
@@ -207,7 +201,6 @@ class Runner:
         trace.validation_loss.append(total / len(labels))
         trace.accuracy.append(right / len(labels))
         record = {"kind": "step", "method": trace.method, "run": trace.run, "iteration": done}
-        record["seconds"] = report.seconds(trace)[-1]
         log.write(record | {name: getattr(trace, name)[-1] for name in MEASURES})
 
     def _save(

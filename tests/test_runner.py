@@ -233,7 +233,8 @@ def test_a_killed_run_goes_on_to_the_very_same_end(
     # the last number is of a run to the end, and of one after it that has nothing to do
     for steps in (13, 37, 10**9, 10**9):
         script = STOPPED.format(tests=str(Path(__file__).parent), steps=steps, folder=str(folder),
-                                methods=methods, optimizer=optimizer, model=build.__name__)  # fmt: skip
+                                methods=methods, optimizer=optimizer,
+                                model=build.__name__)  # fmt: skip
         done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], check=False)
         assert done.returncode == (0 if steps > 1000 else -signal.SIGKILL)
     found = Report.read(folder / "log.jsonl")
