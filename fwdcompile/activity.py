@@ -9,6 +9,7 @@ Where a rectifier follows, u passes through that, too: a unit that is off has th
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -163,10 +164,8 @@ def settle_shifts(program: Program, layers: Sequence[Layer]) -> Program:
     return replace(program, inputs=tuple(kept))
 
 
-def gradients(
-    program: Program, layers: Sequence[Layer], samples: int, clip: float | None = None
-) -> Program:
-    """Appends the gradients of the layers' parameters, means over the directions.
+def gradients(program: Program, layers: Sequence[Layer], clip: float | None = None) -> Program:
+    """Appends the gradients of the layers' parameters, means over the directions of each.
 
     A loss is a number, or holds one number for each example: its mean is then what is
     differentiated, and an output whose first dimension is that of the examples takes from each
@@ -182,16 +181,18 @@ def gradients(
     for layer in (layer for layer in layers if reached[layer.slot]):
         before = out.prev
         with graph.inserting_before(out), recorder.active():
-            dots = [recorder.fake(inputs[layer.slot, k]) for k in range(samples)]
+            own = [k for name, k in inputs if name == layer.slot]
             terms = [
-                _weighted(dot, recorder.fake(slopes[name, k]), clip)
-                for k, dot in enumerate(dots)
+                _weighted(
+                    recorder.fake(inputs[layer.slot, k]), recorder.fake(slopes[name, k]), clip
+                )
+                for k in own
                 for name in reached[layer.slot]
             ]
             u = sum(terms[1:], terms[0])
             node = nodes[layer.node]
             bound = bind_call(node.target, node.args, node.kwargs)  # type: ignore[arg-type]
-            u = u if samples == 1 else u / samples
+            u = u if len(own) == 1 else u / len(own)
             for name in reversed(layer.gates):
                 u = through(nodes[name], u, recorder)
             grads = _GRADIENTS[node.target](u, fx.map_arg(bound, recorder.fake))  # type: ignore
@@ -221,19 +222,41 @@ def _weighted(direction: Tensor, slope: Tensor, clip: float | None) -> Tensor:
 class ActivityForward(Forward):
     """A program of an objective that returns gradients by activity perturbation beside the loss."""
 
-    def __init__(self, model: Model, clip: float | None = None) -> None:
+    def __init__(
+        self, model: Model, clip: float | None = None, samples: Sequence[int] | None = None
+    ) -> None:
         super().__init__(model)
-        self.clip = clip
+        self.clip, self.samples = clip, samples
 
     def _transformed(self, captured: Program, active: Sequence[str], request: Any) -> Program:
         perturbed, layers = perturb(captured, active)
         owned = {name for layer in layers for name in layer.parameters.values()}
         names = [name for name in active if name not in owned]
         outer = [name for name in request.rank_one if name in names]
-        shifted = [layer.slot for layer in layers]
-        program = transform(perturbed, names + shifted, request.directions, outer)
-        settled = settle_shifts(program, layers)
-        return gradients(settled, layers, request.directions, self.clip)
+        moved = self._directions([layer.slot for layer in layers], names, request.directions)
+        program = transform(perturbed, moved, request.directions, outer)
+        return gradients(settle_shifts(program, layers), layers, self.clip)
+
+    def _directions(
+        self, shifted: list[str], names: list[str], count: int
+    ) -> dict[str, Collection[int]]:
+        """The directions in which each output and each parameter of no layer moves."""
+        if self.samples is None:
+            return {name: range(count) for name in (*names, *shifted)}
+        groups = [[slot] for slot in shifted] + ([names] if names else [])
+        if len(groups) != len(self.samples):
+            layers = ", ".join(slot.removesuffix(_OUTPUT) for slot in shifted)
+            others = f", and one number for {', '.join(names)}" if names else ""
+            raise ValueError(
+                f"samples has {len(self.samples)} numbers for {len(groups)}: one for each of the "
+                f"layers {layers}{others}"
+            )
+        ends = list(itertools.accumulate(self.samples))
+        return {
+            name: range(end - own, end)
+            for group, own, end in zip(groups, self.samples, ends, strict=True)
+            for name in group
+        }
 
 
 @torch.no_grad()

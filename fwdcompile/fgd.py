@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -126,7 +126,8 @@ class FGD(Stepper):
             )
             rate = lr * torch.exp(-decay * count)
             weights = self._weights(slopes, drawn, reached)
-            moves = {names: torch.where(finite, -rate * w, 0.0) for names, w in weights.items()}
+            rate = -rate / self.samples
+            moves = {names: torch.where(finite, rate * w, 0.0) for names, w in weights.items()}
             if not self._store_directions:
                 each = [moves.get(reached[name]) for name in trained]
                 return loss, finite, each, stream_keys(seed, count, self.samples, len(trained))
@@ -159,8 +160,12 @@ class ForwardGradient(Stepper):
     et al. 2022). Gradients accumulate as autograd's do: call `optimizer.zero_grad()` before.
 
     Args:
-        model, loss_fn, directions, samples, seed, compile, mode, nonfinite, dynamic, clip: as for
-            `FGD`; "skip" leaves the gradients as they are.
+        model, loss_fn, directions, seed, compile, mode, nonfinite, dynamic, clip: as for `FGD`;
+            "skip" leaves the gradients as they are.
+        samples: directions a step. Where activations are perturbed, a sequence gives each layer as
+            many directions of its own, in which no other layer moves, in the order in which layers
+            run, and behind them a number for all parameters of no layer. Far less noise: a layer's
+            estimate has that of its own outputs alone; and a late layer's directions cost little.
         perturb: "weights", or "activations": the direction is one of the outputs of all linear
             layers, convolutions and embeddings, other for each example, and a layer's gradient
             comes from its own inputs (Ren et al. 2023). Far less noise; the layers' inputs are
@@ -181,7 +186,7 @@ class ForwardGradient(Stepper):
         loss_fn: Callable[..., Any] | None = None,
         *,
         directions: Directions | None = None,
-        samples: int = 1,
+        samples: int | Sequence[int] = 1,
         seed: int = 0,
         compile: bool = True,
         mode: str = "default",
@@ -194,6 +199,8 @@ class ForwardGradient(Stepper):
             raise ValueError(f'perturb is "weights" or "activations", not {perturb!r}')
         if perturb == "activations" and dynamic:
             raise ValueError("activity perturbation needs a fixed batch size: leave dynamic out")
+        if perturb == "weights" and not isinstance(samples, int):
+            raise ValueError('several numbers of samples need perturb="activations"')
         if perturb == "activations" and isinstance(directions, Sphere):
             raise ValueError(
                 "activity perturbation draws for each example: take Rademacher, Normal"
@@ -205,7 +212,9 @@ class ForwardGradient(Stepper):
         self.perturb = perturb
         self._checked: set[Plan] = set()
         if perturb == "activations":
-            self._forward = ActivityForward(self.objective, clip)
+            self._forward = ActivityForward(
+                self.objective, clip, None if isinstance(samples, int) else tuple(samples)
+            )
 
     def __call__(self, *inputs: Any, **kwargs: Any) -> Tensor:
         """Adds the forward gradient at these inputs to `p.grad` and returns the loss.
@@ -242,7 +251,11 @@ class ForwardGradient(Stepper):
             )
             weights = self._weights(slopes, drawn, reached)
             gradients = [
-                _combined([dots[name] for dots in drawn], weights.get(reached[name]))
+                _combined(
+                    [drawn[k][name] for k in kinds[name].samples],
+                    weights.get(reached[name]),
+                    kinds[name].samples,
+                )
                 for name in trained
             ]
             return loss, finite, gradients + [out for out, k in zip(outs, known, strict=True) if k]
@@ -250,11 +263,14 @@ class ForwardGradient(Stepper):
         return gradient
 
 
-def _combined(dots: list[Tensor | RankOne], weights: Tensor | None) -> Tensor | None:
-    """The forward gradient; None where no loss depends on the parameter."""
+def _combined(
+    dots: list[Tensor | RankOne], weights: Tensor | None, samples: list[int]
+) -> Tensor | None:
+    """The forward gradient, a mean over samples; None where no loss depends on the parameter."""
     if weights is None:
         return None
-    return sum_of(scaled(dot, w) for dot, w in zip(dots, weights, strict=True))
+    own = [weights[k] / len(samples) for k in samples]
+    return sum_of(scaled(dot, w) for dot, w in zip(dots, own, strict=True))
 
 
 def _move(parameter: Tensor, dots: list[Tensor | RankOne], moves: Tensor) -> None:

@@ -130,9 +130,9 @@ def outputs_reached(program: Program) -> Reached:
                 marks.setdefault(node, set()).update(marks.get(before, ()))
     reached: Reached = {slot.name: () for slot in nodes.values()}
     for node, slot in program.results():
-        if slot.kind == "tangent" and slot.direction == 0:
+        if slot.kind == "tangent":
             for name in marks.get(node, ()):
-                reached[name] += (slot.name,)
+                reached[name] = tuple(dict.fromkeys((*reached[name], slot.name)))
     return reached
 
 

@@ -24,8 +24,22 @@ from .sizes import mark_open
 NonFinite = Literal["raise", "skip"]
 _ON_TENSORS = functools.partial(torch.compiler.keep_tensor_guards_unsafe, keep_parameters=True)
 Drawn = dict[str, Tensor | RankOne]
-# What a direction is drawn for: shape, dtype, and whether it comes as two factors.
-Kinds = dict[str, tuple[tuple[int, ...], torch.dtype, bool]]
+
+
+@dataclass
+class Kind:
+    """What directions are drawn for: a shape of a dtype, as one tensor or as two factors.
+
+    `samples` are the numbers of the directions in which it moves.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    outer: bool
+    samples: list[int]
+
+
+Kinds = dict[str, Kind]
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +79,7 @@ class Stepper:
         model: Model,
         loss_fn: Callable[..., Any] | None,
         directions: Directions,
-        samples: int,
+        samples: int | Sequence[int],
         seed: int,
         compile: bool,
         mode: str,
@@ -73,7 +87,8 @@ class Stepper:
         dynamic: bool,
         clip: float | None,
     ) -> None:
-        if samples < 1:
+        numbers = (samples,) if isinstance(samples, int) else tuple(samples)
+        if not numbers or min(numbers) < 1:
             raise ValueError(f"samples must be at least 1, not {samples}")
         if clip is not None and not clip > 0:
             raise ValueError(f"clip must be positive, not {clip}")
@@ -82,7 +97,7 @@ class Stepper:
         if mode not in torch._inductor.list_mode_options():
             raise ValueError(f"torch.compile must know the mode, and has none called {mode!r}")
         self.objective = Objective(model, loss_fn)
-        self._directions, self._samples = directions, samples
+        self._directions, self._samples = directions, sum(numbers)
         self._dense = replace(directions, rank_one=False)
         self.clip = clip
         self.nonfinite = nonfinite
@@ -105,7 +120,7 @@ class Stepper:
 
     @property
     def samples(self) -> int:
-        """Directions a step; fixed, for steps are compiled for it."""
+        """Directions a step, of all layers together; fixed, for steps are compiled for it."""
         return self._samples
 
     @property
@@ -212,14 +227,13 @@ class Stepper:
     def _weights(
         self, slopes: Mapping[str, Tensor], drawn: list[Drawn], reached: Reached
     ) -> dict[tuple[str, ...], Tensor]:
-        """The weights of the samples in the forward gradient, by the losses that one can move."""
+        """The slopes that samples are weighted by, by the losses that one can move."""
         mixing = self.directions.mixing(drawn)
 
         def weigh(slope: Tensor) -> Tensor:
             slope = slope if mixing is None else mixing.to(slope.dtype) @ slope
             slope = slope if self.clip is None else slope.clamp(-self.clip, self.clip)
-            slope = slope if mixing is None else mixing.mT.to(slope.dtype) @ slope
-            return slope / self.samples
+            return slope if mixing is None else mixing.mT.to(slope.dtype) @ slope
 
         each = {name: weigh(slope) for name, slope in slopes.items()}
         return {names: sum_of(each[name] for name in names) for names in reached.values() if names}
@@ -227,13 +241,16 @@ class Stepper:
     def _draw(self, kinds: Kinds, seed: Tensor, step: Tensor) -> list[Drawn]:
         """The directions of one step: for each sample, those of all that has one, by name."""
         keys = stream_keys(seed, step, self.samples, len(kinds))
+
+        def draw(kind: Kind, key: Tensor) -> Tensor | RankOne:
+            source = self.directions if kind.outer else self._dense
+            return source.draw(kind.shape, key=key, dtype=kind.dtype)
+
         return [
-            {
-                name: (self.directions if outer else self._dense).draw(shape, key=key, dtype=dtype)
-                for key, (name, (shape, dtype, outer)) in zip(sample, kinds.items(), strict=True)
-            }
-            for sample in keys
-        ]
+            {n: draw(kinds[n], key) for n, key in zip(kinds, row, strict=True)
+             if k in kinds[n].samples}
+            for k, row in enumerate(keys)
+        ]  # fmt: skip
 
     @torch.no_grad()
     def _run(self, inputs: Sequence[Any], kwargs: dict[str, Any], *extra: Tensor) -> Any:
@@ -264,9 +281,13 @@ def kinds_of(lowered: Lowered) -> Kinds:
     """What a step draws directions for, in the order of their keys."""
     kinds: Kinds = {}
     for node, slot in lowered.program.placeholders():
-        if slot.kind == "tangent" and slot.direction == 0:
-            known, x = kinds.get(slot.name, ((),))[0], value(node)
-            kinds[slot.name] = (*known, *x.shape), x.dtype, bool(slot.factor)
+        if slot.kind != "tangent":
+            continue
+        kind = kinds.setdefault(slot.name, Kind((), value(node).dtype, bool(slot.factor), []))
+        if slot.direction not in kind.samples:
+            kind.samples.append(slot.direction)
+        if slot.direction == kind.samples[0]:
+            kind.shape = (*kind.shape, *value(node).shape)
     return kinds
 
 

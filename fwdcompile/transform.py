@@ -8,7 +8,7 @@ program, so the transform applies to its own output (second derivatives).
 from __future__ import annotations
 
 import traceback
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from operator import getitem
 from typing import Any
@@ -46,7 +46,7 @@ Dot = fx.Node | tuple[fx.Node | None, ...] | None
 
 def transform(
     program: Program,
-    active: Collection[str],
+    active: Collection[str] | Mapping[str, Collection[int]],
     directions: int = 1,
     rank_one: Collection[str] = (),
 ) -> Program:
@@ -55,7 +55,7 @@ def transform(
     Args:
         program: a captured program, or the result of an earlier transform (see `as_primal`).
         active: names of the inputs and parameters that have a tangent; the others have none, and
-            nothing is computed for them.
+            nothing is computed for them. A mapping says in which of the directions each has one.
         directions: how many tangents each active input has. They share one primal.
         rank_one: names in `active` whose tangents come as two factors, `u` and `v`.
 
@@ -70,6 +70,8 @@ def transform(
 
     The jvp is that of forward-mode AD, section 2.1 of Baydin et al. (2022).
     """
+    if not isinstance(active, Mapping):
+        active = {name: range(directions) for name in active}
     return _Transform(program, directions).run(active, rank_one)
 
 
@@ -93,7 +95,7 @@ class _Transform:
         self.dots: dict[fx.Node, list[Dot]] = {}
         self.places: dict[fx.Node, list[int]] = {}  # of primal results among those of a dual op
 
-    def run(self, active: Collection[str], rank_one: Collection[str]) -> Program:
+    def run(self, active: Mapping[str, Collection[int]], rank_one: Collection[str]) -> Program:
         tangents = self._inputs(active, rank_one)
         for node in self.program.graph.nodes:
             if node.op == "call_function":
@@ -110,7 +112,9 @@ class _Transform:
             outputs=self.program.outputs + tuple(outputs),
         )
 
-    def _inputs(self, active: Collection[str], rank_one: Collection[str]) -> list[Slot]:
+    def _inputs(
+        self, active: Mapping[str, Collection[int]], rank_one: Collection[str]
+    ) -> list[Slot]:
         known = {slot.name: node for node, slot in self.program.placeholders()}
         for name in active:
             if name not in known or not is_differentiable(value(known[name])):
@@ -121,13 +125,14 @@ class _Transform:
         for name, node in known.items():
             if name in active:
                 parts = ("u", "v") if name in rank_one else ("",)
-                slots += [Slot("tangent", name, k, f) for k in self.directions for f in parts]
-                factors[node] = [
-                    [self._placeholder(node, k, part) for part in parts] for k in self.directions
-                ]
+                slots += [Slot("tangent", name, k, f) for k in active[name] for f in parts]
+                factors[node] = {
+                    k: [self._placeholder(node, k, part) for part in parts] for k in active[name]
+                }
         for node, dots in factors.items():
             before = self.graph._root.prev
-            self.dots[node] = [one[0] if len(one) == 1 else self._outer(*one) for one in dots]
+            made = {k: one[0] if len(one) == 1 else self._outer(*one) for k, one in dots.items()}
+            self.dots[node] = [made.get(k) for k in self.directions]
             self._mark(node, before)
         return slots
 
@@ -207,27 +212,28 @@ class _Transform:
         active = [i for i, arg in enumerate(operands) if arg in self.dots]
         called = dual(node, active, len(self.directions), transform)
         if called.reached:
-            dots = {i: self.dots.get(operands[i]) or self._begin(operands[i], node)
-                    for i in called.active}  # fmt: skip
+            dots = {i: self._begin(operands[i], node) for i in called.active}
             copy = self.primals[node]
             self.places[node], self.dots[node] = called.install(copy, dots, self.recorder)  # type: ignore
 
     def _begin(self, primal: fx.Node, loop: fx.Node) -> list[fx.Node]:
-        """Zero tangents before a loop, for a value that has a tangent only from its body on."""
+        """The tangents of an operand; zeros where it has one only from the loop's body on."""
+        dots: list[Any] = list(self.dots.get(primal) or [None for _ in self.directions])
         copy = self.primals[loop]
-        with self.graph.inserting_before(copy), self.recorder.active():
-            like = self.recorder.fake(self.primals[primal])
-            zeros = [self.recorder.node(aten.zeros_like.default(like)) for _ in self.directions]
-        for k, node in enumerate(zeros):
-            node.meta |= {"role": "tangent", "of": primal.name, "direction": k}
-            node.meta["module"] = loop.meta.get("module", "")
-        return zeros
+        for k in (k for k in self.directions if dots[k] is None):
+            with self.graph.inserting_before(copy), self.recorder.active():
+                like = self.recorder.fake(self.primals[primal])
+                dots[k] = self.recorder.node(aten.zeros_like.default(like))
+            dots[k].meta |= {"role": "tangent", "of": primal.name, "direction": k}
+            dots[k].meta["module"] = loop.meta.get("module", "")
+        return dots
 
     def _item(self, node: fx.Node) -> None:
         source, index = node.args
         dots = self.dots.get(source)  # type: ignore[arg-type]
-        if dots is not None and any(dot[index] is not None for dot in dots):  # type: ignore[index]
-            self.dots[node] = [dot[index] for dot in dots]  # type: ignore[index]
+        items = [dot and dot[index] for dot in dots or ()]  # type: ignore[index]
+        if any(item is not None for item in items):
+            self.dots[node] = items
 
     def _is_active(self, node: fx.Node) -> bool:
         return node in self.dots
@@ -245,6 +251,8 @@ class _Transform:
             for name, arg in bound.items()
             if (d := self._tangents_of(arg, direction)) is not None
         }
+        if not present:
+            return None
         if extra := [name for name in present if name not in site.row.wrt]:
             raise MissingRuleError(
                 f"{_describe(site.node)}\n  The row at {site.row.where} has no term for argument "
@@ -299,8 +307,8 @@ class _Transform:
         slots = []
         for node, slot in list(self.program.results()):
             if slot.kind == "output" and is_differentiable(value(node)):
-                dots = self.dots.get(node) or [self._zeros(node) for _ in self.directions]
-                nodes += dots  # type: ignore[arg-type]
+                dots = self.dots.get(node) or [None for _ in self.directions]
+                nodes += [dot or self._zeros(node) for dot in dots]  # type: ignore[misc]
                 slots += [Slot("tangent", slot.name, k) for k in self.directions]
         self.graph.output(tuple(nodes))
         return slots

@@ -86,13 +86,17 @@ def signs(kinds: list[Any]) -> Any:
         yield tangents
 
 
+@pytest.mark.parametrize("samples", [None, (1, 1)])
 @pytest.mark.parametrize("loss", [each, F.cross_entropy])
 @pytest.mark.parametrize("model", [mlp, rectified, Shared])
 def test_the_mean_over_all_directions_is_the_gradient(
-    model: Callable[[], nn.Module], loss: Callable[..., Tensor]
+    model: Callable[[], nn.Module], loss: Callable[..., Tensor], samples: tuple[int, ...] | None
 ) -> None:
     net, x, y = batch(model)
-    lowered = ActivityForward(Objective(net, loss)).lower(x, y)
+    objective = Objective(net, loss)
+    lowered = ActivityForward(objective, samples=samples).lower(
+        x, y, directions=sum(samples or [1])
+    )
     program, state = (
         lowered.program,
         dict(net.named_parameters()) | {"input": x, "x": x, "target": y},
@@ -101,7 +105,9 @@ def test_the_mean_over_all_directions_is_the_gradient(
     kinds = [
         (n.meta["val"], loss is each) for n, s in program.placeholders() if s.kind == "tangent"
     ]
-    assert all(s.name.endswith(".output") for s in program.inputs if s.kind == "tangent")
+    tangents = [slot for slot in program.inputs if slot.kind == "tangent"]
+    assert all(slot.name.endswith(".output") for slot in tangents)
+    assert [slot.direction for slot in tangents] == ([0, 1] if samples else [0, 0])
     runs = [lowered.function(*plain, *dots) for dots in signs(kinds)]
     F.cross_entropy(net(x), y).backward()
     found = {s.name for s in program.outputs if s.kind == "gradient"}
@@ -293,3 +299,61 @@ def test_clip_bounds_the_slope_of_each_example() -> None:
         grad(x, y)
         sizes.append(float(net[2].weight.grad.abs().max()))
     assert 0 < sizes[1] < 0.02 * sizes[0]
+
+
+def test_layer_by_layer_there_is_no_noise_of_other_layers() -> None:
+    net, x, y = batch(mlp)
+    errors = {}
+    F.cross_entropy(net(x), y).backward()
+    true = torch.cat([p.grad.flatten() for p in net.parameters()])
+    for samples in (1, (1, 1), (1, 8)):
+        grad = fwdcompile.ForwardGradient(
+            net, each, perturb="activations", samples=samples, compile=False,
+            directions=fwdcompile.Rademacher(),
+        )  # fmt: skip
+        assert grad.samples == (samples if isinstance(samples, int) else sum(samples))
+        found = []
+        for _ in range(200):
+            net.zero_grad()
+            grad(x, y)
+            found.append(torch.cat([p.grad.flatten() for p in net.parameters()]))
+        errors[samples] = (torch.stack(found) - true).square().mean(0)
+        error = (torch.stack(found).mean(0) - true).abs()
+        assert (error < 5 * (errors[samples] / 200).sqrt() + 1e-9).all()
+    assert errors[1, 1].sum() < 0.7 * errors[1].sum()
+    last = slice(-net[2].weight.numel(), None)
+    assert errors[1, 8][last].sum() < 0.3 * errors[1, 1][last].sum()
+
+
+def test_layers_and_all_other_parameters_have_numbers_of_their_own() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 2))
+    x, y = torch.randn(5, 3), torch.tensor([0, 1, 0, 1, 1])
+    settings: dict[str, Any] = {"perturb": "activations", "compile": False}
+    with pytest.raises(ValueError, match=r"2 numbers for 3: .* layers linear, linear_1, and one"):
+        fwdcompile.ForwardGradient(net, each, samples=(1, 1), **settings)(x, y)
+    grad = fwdcompile.ForwardGradient(net, each, samples=(1, 2, 400), **settings)
+    grad(x, y)
+    found = [p.grad for p in net[1].parameters()]
+    net.zero_grad()
+    F.cross_entropy(net(x), y).backward()
+    # 400 directions of 8 numbers
+    for mine, p in zip(found, net[1].parameters(), strict=True):
+        assert (mine - p.grad).norm() < 0.6 * torch.cat([found[0], found[1]]).norm()
+    with pytest.raises(ValueError, match="several numbers"):
+        fwdcompile.ForwardGradient(net, F.cross_entropy, samples=(1, 2), compile=False)
+    with pytest.raises(ValueError, match="samples must be at least 1"):
+        fwdcompile.ForwardGradient(net, each, samples=(1, 0, 1), **settings)
+
+
+def test_layer_by_layer_compiled() -> None:
+    net, x, y = batch(images)
+    gradients = []
+    for compile in (False, True):
+        grad = fwdcompile.ForwardGradient(
+            net, each, perturb="activations", samples=(1, 3), compile=compile
+        )
+        net.zero_grad()
+        grad(x, y)
+        gradients.append([p.grad.clone() for p in net.parameters()])
+    torch.testing.assert_close(*gradients)
