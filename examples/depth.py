@@ -264,6 +264,7 @@ def main(
     for depth in depths:
         if depth not in done:
             figures.append(path, measured(depth, setup))
+            print(f"{depth} layers are measured", flush=True)
     draw(path)
     lines = figures.read(path)[1]
     print(table(lines))
