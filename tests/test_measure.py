@@ -11,7 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from fwdcompile.measure import ALLOCATOR, WARM_UP, in_fresh_process, ratio, take_turns, timed
+from fwdcompile.measure import (
+    ALLOCATOR,
+    KEEPING,
+    WARM_UP,
+    in_fresh_process,
+    ratio,
+    take_turns,
+    timed,
+)
 
 CPU = torch.device("cpu")
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -79,6 +87,7 @@ def test_a_fresh_process_answers_in_its_last_line(tmp_path: Path) -> None:
     arguments, trim, pid = in_fresh_process(str(script), "--one", "mlp")
     assert (arguments, trim) == (["--one", "mlp"], ALLOCATOR["MALLOC_TRIM_THRESHOLD_"])
     assert pid != os.getpid()
+    assert in_fresh_process(str(script), environment=KEEPING)[1] == "4000000000"
     script.write_text("raise SystemExit(3)")
     with pytest.raises(subprocess.CalledProcessError):
         in_fresh_process(str(script))
