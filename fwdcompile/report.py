@@ -91,8 +91,12 @@ class Report:
         """The report that a log holds, `log.jsonl` or a copy of it."""
         records = read(path)
         names = {field.name for field in fields(Config)}
-        settings = {k: v for k, v in records[0]["config"].items() if k in names and v is not None}
-        config = Config(**settings | {"methods": tuple(settings["methods"])})
+        settings: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in records[0]["config"].items()
+            if name in names and value is not None
+        }
+        config = Config(**settings)
         turns = {r["method"]: r["seconds"] for r in records if r["kind"] == "time"}
         traces: dict[tuple[str, int], Trace] = {}
         for record in records:
