@@ -99,18 +99,11 @@ class FGD(Stepper):
 
     def state_dict(self) -> dict[str, float]:
         """All that a resumed run needs beside the model: iteration, seed, learning rate, decay."""
-        return {
-            "iteration": self.iteration,
-            "seed": int(self._seed),
-            "lr": float(self._lr),
-            "decay": float(self._decay),
-        }
+        return super().state_dict() | {"lr": float(self._lr), "decay": float(self._decay)}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
         """Continues where `state_dict` was taken."""
-        self.iteration = int(state["iteration"])
-        self._step.fill_(self.iteration)
-        self._seed.fill_(int(state["seed"]))
+        super().load_state_dict(state)
         self._lr.fill_(state["lr"])
         self._decay.fill_(state["decay"])
 

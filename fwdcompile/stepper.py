@@ -121,6 +121,16 @@ class Stepper:
         self._forward.calibrate(*inputs, **self._asked(), **kwargs)
         self._plans.clear()
 
+    def state_dict(self) -> dict[str, float]:
+        """All that a resumed run needs beside the model and its optimizer: iteration and seed."""
+        return {"iteration": self.iteration, "seed": int(self._seed)}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Continues where `state_dict` was taken: the same directions follow."""
+        self.iteration = int(state["iteration"])
+        self._step.fill_(self.iteration)
+        self._seed.fill_(int(state["seed"]))
+
     def _asked(self) -> dict[str, Any]:
         return {"directions": self.samples, "rank_one": self.directions.rank_one}
 
