@@ -11,7 +11,7 @@ from mnist import Experiment, script
 
 from fwdcompile.models import cnn
 
-EXPERIMENTS = (Experiment("cnn", cnn, 2e-4, 600, 50),)
+EXPERIMENTS = (Experiment("cnn", cnn, 2e-4, 400, 50),)
 
 if __name__ == "__main__":
     script(__doc__, "figure-5", *EXPERIMENTS)
