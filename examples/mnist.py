@@ -29,11 +29,13 @@ RANK_ONE = f"{SIGNS}:rank_one=true"
 METHODS = ("backprop-compiled", NORMAL, SIGNS, RANK_ONE)
 LABELS = {
     "backprop-compiled": "backpropagation",
+    "backprop": "backpropagation, eager",
     NORMAL: "forward gradient",
     SIGNS: "forward gradient, signs",
     RANK_ONE: "forward gradient, rank-one",
 }
-COLORS = dict(zip(METHODS, (BACKPROP, FORWARD, "tab:green", "tab:purple"), strict=True))
+SHADES = (BACKPROP, "tab:red", FORWARD, "tab:green", "tab:purple")
+COLORS = dict(zip(LABELS, SHADES, strict=True))
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,8 @@ class Experiment:
         iterations: of each method.
         every: steps between two looks at the test set.
         runs: with seeds 0, 1, ...
+        methods: of the runner; the first is backpropagation.
+        compile: forward gradients, too.
     """
 
     name: str
@@ -55,11 +59,19 @@ class Experiment:
     iterations: int
     every: int
     runs: int = 5
+    methods: tuple[str, ...] = METHODS
+    compile: bool = True
 
     @property
     def config(self) -> Config:
-        settings = {"methods": METHODS, "lr": self.lr, "iterations": self.iterations}
-        return Config(**settings, every=self.every, runs=self.runs)
+        return Config(
+            methods=self.methods,
+            lr=self.lr,
+            iterations=self.iterations,
+            every=self.every,
+            runs=self.runs,
+            compile=self.compile,
+        )
 
 
 def run(experiment: Experiment, data_root: Path, data: str, work: Path, out: Path) -> Report:
@@ -134,7 +146,9 @@ def runtimes(report: Report, ax: Axes) -> None:
         ax.bar(place, middle, color=COLORS[method])
         ax.errorbar(place, middle, [[middle - low], [high - middle]], color="black", capsize=3)
         ax.text(place, high, f" {middle:.2f}", ha="center", va="bottom", fontsize=7)
-    ax.set_xticks(range(len(METHODS)), ["Rb", "Rf", "Rf, signs", "Rf, rank-one"], fontsize=7)
+    names = [LABELS[method].replace("forward gradient", "Rf") for method in report.config.methods]
+    ax.set_xticks(range(len(names)), [name.replace("backpropagation", "Rb") for name in names],
+                  fontsize=7)  # fmt: skip
     ax.set(ylabel="step / base runtime")
     ax.margins(y=0.15)
 
