@@ -23,7 +23,7 @@ from pathlib import Path
 import figures
 import torch
 from figures import Line, machine
-from mnist import arguments
+from mnist import arguments, bare
 from torch import Tensor, nn
 from tuning import tuned
 
@@ -127,11 +127,6 @@ def main(
     shutil.copyfile(work / "log.jsonl", path)
     figures.append(path, noises(build, data, config))
     draw(path)
-
-
-def bare(method: str) -> str:
-    """A method without its rate, as `LABELS` has it."""
-    return ":".join(part for part in method.split(":") if not part.startswith("lr="))
 
 
 def draw(path: Path) -> None:

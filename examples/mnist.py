@@ -11,12 +11,13 @@ import argparse
 import shutil
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from figures import BACKPROP, FORWARD, machine, options, picture
 from matplotlib.axes import Axes
 from torch import nn
+from tuning import tuned
 
 from fwdcompile.cli import compare
 from fwdcompile.config import Config
@@ -27,6 +28,7 @@ from fwdcompile.report import BASES, Report
 NORMAL, SIGNS = "fgd", "fgd:directions=rademacher"
 RANK_ONE = f"{SIGNS}:rank_one=true"
 METHODS = ("backprop-compiled", NORMAL, SIGNS, RANK_ONE)
+RATES = (1e-4, 1e-3, 1e-2, 1e-1)
 LABELS = {
     "backprop-compiled": "backpropagation",
     "backprop": "backpropagation, eager",
@@ -45,7 +47,7 @@ class Experiment:
     Attributes:
         name: of its files.
         build: makes the model from the shape of an image and the number of classes.
-        lr: the learning rate, for all methods.
+        lr: the learning rate, for all methods; None lets a search find one for each.
         iterations: of each method.
         every: steps between two looks at the test set.
         runs: with seeds 0, 1, ...
@@ -55,7 +57,7 @@ class Experiment:
 
     name: str
     build: Callable[[Sequence[int], int], nn.Module]
-    lr: float
+    lr: float | None
     iterations: int
     every: int
     runs: int = 5
@@ -66,7 +68,7 @@ class Experiment:
     def config(self) -> Config:
         return Config(
             methods=self.methods,
-            lr=self.lr,
+            lr=self.lr or 1.0,
             iterations=self.iterations,
             every=self.every,
             runs=self.runs,
@@ -82,10 +84,21 @@ def run(experiment: Experiment, data_root: Path, data: str, work: Path, out: Pat
     def build() -> nn.Module:
         return experiment.build(images.shape, images.classes)
 
-    report = compare(build, images, experiment.config, folder, resume=True)
     out.mkdir(parents=True, exist_ok=True)
+    config = experiment.config
+    if experiment.lr is None:
+        short = replace(config, iterations=config.iterations // 10, runs=1)
+        rates = tuned(build, images, short, config.methods, RATES, folder)
+        config = replace(config, methods=tuple(f"{m}:lr={r:g}" for m, r in rates.items()))
+        shutil.copyfile(folder / "tuning.jsonl", out / f"{experiment.name}-search.jsonl")
+    report = compare(build, images, config, folder, resume=True)
     shutil.copyfile(folder / "log.jsonl", out / f"{experiment.name}.jsonl")
     return report
+
+
+def bare(method: str) -> str:
+    """A method without its rate, as `LABELS` has it."""
+    return ":".join(part for part in method.split(":") if not part.startswith("lr="))
 
 
 def draw(out: Path, name: str, experiments: Sequence[Experiment]) -> None:
@@ -98,7 +111,8 @@ def draw(out: Path, name: str, experiments: Sequence[Experiment]) -> None:
         for axes, experiment in zip(rows, found, strict=True):
             path = out / f"{experiment.name}.jsonl"
             panels(Report.read(path), list(axes))
-            axes[0].set_title(f"{experiment.name}, learning rate {experiment.lr:g}", loc="left")
+            rate = "rates tuned" if experiment.lr is None else f"learning rate {experiment.lr:g}"
+            axes[0].set_title(f"{experiment.name}, {rate}", loc="left")
         figure.supxlabel(machine(read(path)[0]), fontsize=8)
 
 
@@ -107,18 +121,20 @@ def panels(report: Report, axes: list[Axes]) -> None:
     by_iteration, by_time, training, cost = axes
     for method in report.config.methods:
         for trace in report.of(method):
-            thin = {"color": COLORS[method], "alpha": 0.35, "lw": 0.8}
+            thin = {"color": COLORS[bare(method)], "alpha": 0.35, "lw": 0.8}
             by_iteration.plot(trace.iterations, trace.validation_loss, **thin)
             training.plot(trace.iterations, trace.train_loss, **thin)
         seconds, losses = report.mean_curve(method)
         iterations = [round(s / report.step_seconds(method)) for s in seconds]
-        bold = {"color": COLORS[method], "lw": 1.6, "label": LABELS[method]}
+        bold = {"color": COLORS[bare(method)], "lw": 1.6, "label": LABELS[bare(method)]}
         by_iteration.plot(iterations, losses, **bold)
         by_time.plot(seconds, losses, **bold)
     mark_times(report, by_time)
     by_iteration.set(xlabel="iteration", ylabel="validation loss")
     by_time.set(xlabel="seconds of training", ylabel="validation loss")
     training.set(xlabel="iteration", ylabel="training loss")
+    for ax in (by_iteration, by_time, training):
+        ax.locator_params(axis="x", nbins=5)
     by_iteration.legend(fontsize=7)
     runtimes(report, cost)
 
@@ -134,7 +150,7 @@ def mark_times(report: Report, ax: Axes) -> None:
             times[row.method] = row.t_ratio * times[rival]
     ax.axhline(lowest, color="0.6", lw=0.7, ls=":")
     for method, time in times.items():
-        ax.plot([time], [lowest], "v", color=COLORS[method], ms=6)
+        ax.plot([time], [lowest], "v", color=COLORS[bare(method)], ms=6)
 
 
 def runtimes(report: Report, ax: Axes) -> None:
@@ -143,10 +159,11 @@ def runtimes(report: Report, ax: Axes) -> None:
         base = report.turns[BASES[report.config.compiles(method)]]
         ratios = [t / b for t, b in zip(report.turns[method], base, strict=True)]
         low, middle, high = statistics.quantiles(ratios, n=4)
-        ax.bar(place, middle, color=COLORS[method])
+        ax.bar(place, middle, color=COLORS[bare(method)])
         ax.errorbar(place, middle, [[middle - low], [high - middle]], color="black", capsize=3)
         ax.text(place, high, f" {middle:.2f}", ha="center", va="bottom", fontsize=7)
-    names = [LABELS[method].replace("forward gradient", "Rf") for method in report.config.methods]
+    labels = (LABELS[bare(method)] for method in report.config.methods)
+    names = [label.replace("forward gradient", "Rf") for label in labels]
     ax.set_xticks(range(len(names)), [name.replace("backpropagation", "Rb") for name in names],
                   fontsize=7)  # fmt: skip
     ax.set(ylabel="step / base runtime")

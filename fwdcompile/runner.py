@@ -43,8 +43,8 @@ class Runner:
         data: what to train and validate on, on the device to use.
         config: the comparison.
         log: a directory for `log.jsonl` (a header, the times, a line for each look at the
-            validation set and for each end of a run, a line for each method's result) and `checkpoint.pt`, which is written
-            at each look; None writes nothing.
+            validation set and each end of a run, a line for each method's result) and
+            `checkpoint.pt`, which is written at each look; None writes nothing.
         tensorboard: writes TensorBoard's event files there, too.
         resume: goes on from the checkpoint there, to the very weights of a run that was never
             stopped; begins where there is none.
