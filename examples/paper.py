@@ -136,10 +136,10 @@ backpropagation needs (section 5.2). A dash: it was not reached within equal ite
 
 {losses}
 
-{machine}. Batches of 64, learning rate lr exp(-i / 10,000), seeds 0 and up. The paper's rate is the
-same for all methods; tuned ones were found by the same search for each, on held-out training images.
-Losses are means over MNIST's whole test set, then over runs. Times of a step are medians of turns,
-all methods compiled; times of training are iterations times those. Written by
+{machine}. Batches of 64, learning rate lr exp(-i / 10,000), seeds 0 and up. The paper's rate is
+the same for all methods; tuned ones were found by the same search for each, on held-out training
+images. Losses are means over MNIST's whole test set, then over runs. Times of a step are medians of
+turns, all methods compiled; times of training are iterations times those. Written by
 `python examples/paper.py`.
 """
 
