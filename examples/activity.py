@@ -39,13 +39,12 @@ ACTIVATIONS = "fgd:perturb=activations"
 LABELS = {
     "backprop-compiled": "backpropagation",
     "fgd": "weights",
-    "fgd:samples=16": "weights, K = 16",
     ACTIVATIONS: "activations",
     f"{ACTIVATIONS}:samples=16": "activations, K = 16",
     f"{ACTIVATIONS}:samples=1/16/10": "layer by layer",
 }
 RATES = (3e-4, 1e-3, 3e-3)
-BATCH, DRAWS = 128, 10
+BATCH, DRAWS, SEARCH = 128, 10, 200
 
 
 def config_for(data: Dataset, epochs: int, runs: int, compile: bool) -> Config:
@@ -118,7 +117,7 @@ def main(
         return mlp(data.shape, data.classes)
 
     config = config_for(data, epochs, runs, compile)
-    short = replace(config, iterations=2 * config.every, decay=0.0, runs=1)
+    short = replace(config, iterations=SEARCH, decay=0.0, runs=1, compile=False)
     rates = tuned(build, data, short, list(LABELS), RATES, work)
     methods = tuple(f"{method}:lr={rate:g}" for method, rate in rates.items())
     compare(build, data, replace(config, methods=methods), work, resume=True)

