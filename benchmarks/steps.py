@@ -20,8 +20,8 @@ from torch.nn.functional import cross_entropy
 from works import Problem, checkpointed
 
 from fwdcompile import FGD, Normal, Rademacher
-from fwdcompile.directions import Directions
 from fwdcompile.config import Config
+from fwdcompile.directions import Directions
 from fwdcompile.methods import METHODS
 
 # small, because the deepest models leave float32 within a few steps of the paper's rate

@@ -15,8 +15,8 @@ from torch.nn.functional import cross_entropy
 
 import fwdcompile
 from fwdcompile.cli import compare, table
-from fwdcompile.data import load
 from fwdcompile.config import Config
+from fwdcompile.data import load
 from fwdcompile.models import mlp
 from fwdcompile.objective import Objective
 from fwdcompile.report import plot

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from . import data as data_sets
 from . import rule
-from .config import DIRECTIONS, NAMES, OPTIMIZERS, PERTURBED, Config
+from .config import DIRECTIONS, NAMES, OPTIMIZERS, PERTURBED, Config, parsed
 from .costs import best_form
 from .data import Dataset, import_torchvision, load
 from .errors import FwdcompileError
@@ -65,7 +65,9 @@ def train(
     rank_one: Annotated[
         bool, typer.Option("--rank-one", help="directions of weights are outer products")
     ] = False,
-    samples: Annotated[int, typer.Option(help="directions a step")] = 1,
+    samples: Annotated[
+        str, typer.Option(help="directions a step; 1/16 for those of each layer's activations")
+    ] = "1",
     perturb: Annotated[str, typer.Option(help=" or ".join(PERTURBED))] = "weights",
     optimizer: Annotated[str, typer.Option(help=", ".join(OPTIMIZERS))] = "sgd",
     clip: Annotated[float, typer.Option(help="the most of a directional derivative")] = math.inf,
@@ -99,7 +101,7 @@ def train(
         seed=seed,
         directions=directions,
         rank_one=rank_one,
-        samples=samples,
+        samples=parsed(int, f"--samples {samples}", samples),
         perturb=perturb,
         optimizer=optimizer,
         clip=clip,

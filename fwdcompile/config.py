@@ -58,7 +58,8 @@ class Config:
         seed: of the first run.
         directions: "normal", "rademacher", "sphere" or "orthogonal" (on the sphere).
         rank_one: directions of weights are outer products of two random vectors.
-        samples: directions a step, for the forward-gradient methods.
+        samples: directions a step, for the forward-gradient methods; where activations are
+            perturbed, a tuple has a number for each layer (`fgd:perturb=activations:samples=1/16`).
         perturb: "weights" or "activations"; see `ForwardGradient`.
         optimizer: "sgd", "momentum" (0.9) or "adam".
         clip: the most a directional derivative of `fgd` may be; inf cuts nothing off.
@@ -83,7 +84,7 @@ class Config:
     seed: int = 0
     directions: str = "normal"
     rank_one: bool = False
-    samples: int = 1
+    samples: int | tuple[int, ...] = 1
     perturb: str = "weights"
     optimizer: str = "sgd"
     clip: float = math.inf
@@ -94,8 +95,9 @@ class Config:
 
     def __post_init__(self) -> None:
         for name in ("iterations", "batch", "runs", "samples", "every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+            number = getattr(self, name)
+            if (number if isinstance(number, int) else min(number)) < 1:
+                raise ValueError(f"{name} must be at least 1, not {number}")
         if not self.methods or len(set(self.methods)) < len(self.methods):
             raise ValueError(f"name each method once, not {', '.join(self.methods) or 'none'}")
         _known("kind of directions", self.directions, DIRECTIONS)
@@ -116,6 +118,8 @@ class Config:
         source = self.source
         if self.perturb == "activations" and isinstance(source, Sphere):
             raise ValueError(f"activations are perturbed by normal or rademacher, not {source}")
+        if self.perturb == "weights" and not isinstance(self.samples, int):
+            raise ValueError(f"samples={self.samples} is for the layers of perturb=activations")
 
     @property
     def source(self) -> Directions:
@@ -131,7 +135,7 @@ class Config:
         for setting in settings:
             key, _, text = setting.partition("=")
             _known(f"setting of {name}", key, OWN[name.split("-")[0]])
-            own[key] = _parsed(kinds[key], setting, text)
+            own[key] = parsed(kinds[key], setting, text)
         config = replace(self, methods=(name,), **own) if own else self
         if name.startswith("torch") and (
             config.optimizer != "sgd" or config.directions not in _TORCH
@@ -149,13 +153,19 @@ class Config:
         return name.endswith("-compiled") or (name == "fgd" and self.compile)
 
 
-def _parsed(kind: type, setting: str, text: str) -> Any:
-    if kind is bool and text in ("true", "false"):
-        return text == "true"
+def parsed(kind: type, setting: str, text: str) -> Any:
+    """What a text says: `true`, `16`, `1/16/10` (a tuple), `1e-3` or a word.
+
+    Raises:
+        ValueError: it says nothing of that kind.
+    """
     try:
-        return kind(text) if kind is not bool else int("")
-    except ValueError:
-        raise ValueError(f"{setting!r} needs a {kind.__name__} behind its name") from None
+        if kind is bool:
+            return {"true": True, "false": False}[text]
+        numbers = [kind(part) for part in text.split("/")]
+        return numbers[0] if len(numbers) == 1 else tuple(numbers)
+    except (KeyError, ValueError):
+        raise ValueError(f"{setting!r} needs a value of type {kind.__name__}") from None
 
 
 def _known(what: str, name: str, names: Iterable[str]) -> None:

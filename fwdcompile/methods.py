@@ -152,12 +152,14 @@ def torch_jvp(
     is compiled: each is the faster way there. `own` takes torch's own numbers in a compiled step,
     as one writes it without this package; they do not follow `seed`.
     """
+    assert isinstance(config.samples, int)  # Config has seen to it
+    samples = config.samples
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     device = next(iter(parameters.values())).device
     start, counter, source = _Counted(seed, device), _Counted(0, device), _Generator(seed, device)
     count = counter.tensor
     if compiled and not own:
-        draw = _hashed(config, start.tensor, count)
+        draw = _hashed(config, start.tensor, count, samples)
     else:
         draw = _generated(config, None if own else source.generator)
 
@@ -166,10 +168,10 @@ def torch_jvp(
             out = functional_call(model, dict(zip(parameters, ps, strict=True)), (x,))
             return total_loss(out, y)
 
-        rate = config.lr * torch.exp(-config.decay * count) / config.samples
+        rate = config.lr * torch.exp(-config.decay * count) / samples
         moves = [torch.zeros((), dtype=value.dtype, device=device) for value in values]
         finite = torch.ones((), dtype=torch.bool, device=device)
-        for sample in range(config.samples):
+        for sample in range(samples):
             dots = draw(values, sample)
             loss, slope, *_ = torch.func.jvp(objective, tuple(values), tuple(dots))
             moves = [move + dot * (rate * slope) for move, dot in zip(moves, dots, strict=True)]
@@ -223,9 +225,9 @@ def _refuse(loss: Tensor, iteration: int, config: Config) -> None:
         )
 
 
-def _hashed(config: Config, start: Tensor, count: Tensor) -> Draw:
+def _hashed(config: Config, start: Tensor, count: Tensor, samples: int) -> Draw:
     def draw(values: list[Tensor], sample: int) -> list[Tensor]:
-        keys = stream_keys(start, count, config.samples, len(values))[sample]
+        keys = stream_keys(start, count, samples, len(values))[sample]
         drawn = [
             config.source.draw(value.shape, key=key, dtype=value.dtype)
             for key, value in zip(keys, values, strict=True)

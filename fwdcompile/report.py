@@ -29,6 +29,7 @@ class Trace:
         validation_loss: over the whole validation set.
         accuracy: over the whole validation set, from 0 to 1.
         stopped: why the run ended early, or "".
+        weights: SHA-256 of the parameters and buffers in the end, to tell equal runs by.
     """
 
     method: str
@@ -38,6 +39,7 @@ class Trace:
     validation_loss: list[float] = field(default_factory=list)
     accuracy: list[float] = field(default_factory=list)
     stopped: str = ""
+    weights: str = ""
 
 
 @dataclass(frozen=True)
@@ -91,8 +93,12 @@ class Report:
         """The report that a log holds, `log.jsonl` or a copy of it."""
         records = read(path)
         names = {field.name for field in fields(Config)}
-        settings = {k: v for k, v in records[0]["config"].items() if k in names and v is not None}
-        config = Config(**settings | {"methods": tuple(settings["methods"])})
+        settings: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in records[0]["config"].items()
+            if name in names and value is not None
+        }
+        config = Config(**settings)
         turns = {r["method"]: r["seconds"] for r in records if r["kind"] == "time"}
         traces: dict[tuple[str, int], Trace] = {}
         for record in records:
@@ -103,8 +109,9 @@ class Report:
                 for name in MEASURES:
                     value = record[name]
                     getattr(trace, name).append(math.nan if value is None else value)
-            if record["kind"] == "stop":
-                traces[record["method"], record["run"]].stopped = record["reason"]
+            if record["kind"] == "end":
+                trace = traces[record["method"], record["run"]]
+                trace.stopped, trace.weights = record["stopped"], record["weights"]
         return Report(config, turns, list(traces.values()))
 
     def step_seconds(self, method: str) -> float:

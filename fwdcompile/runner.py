@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import math
 import platform
 import statistics
@@ -42,8 +43,8 @@ class Runner:
         data: what to train and validate on, on the device to use.
         config: the comparison.
         log: a directory for `log.jsonl` (a header, the times, a line for each look at the
-            validation set, a line for each method's result) and `checkpoint.pt`, which is written
-            at each look; None writes nothing.
+            validation set and each end of a run, a line for each method's result) and
+            `checkpoint.pt`, which is written at each look; None writes nothing.
         tensorboard: writes TensorBoard's event files there, too.
         resume: goes on from the checkpoint there, to the very weights of a run that was never
             stopped; begins where there is none.
@@ -160,9 +161,9 @@ class Runner:
                 losses = []
                 if not last:
                     self._save(log, report, (model, step))
-        if trace.stopped:
-            names = {"method": trace.method, "run": trace.run}
-            log.write({"kind": "stop", **names, "reason": trace.stopped})
+        trace.weights = _digest(model)
+        end = {"stopped": trace.stopped, "weights": trace.weights}
+        log.write({"kind": "end", "method": trace.method, "run": trace.run, **end})
         self._save(log, report)
 
     def _step(self, method: str) -> tuple[nn.Module, Step]:
@@ -261,6 +262,13 @@ def _attempt(step: Step, x: Tensor, y: Tensor) -> None:
     """A step that is only timed: one that is not finite takes as long."""
     with contextlib.suppress(NonFiniteError):
         step(x, y)
+
+
+def _digest(model: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for x in model.state_dict().values():
+        digest.update(x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _random_state(device: torch.device) -> dict[str, Tensor]:

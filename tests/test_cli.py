@@ -118,6 +118,26 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_directory_that_cannot_be_made_is_told_before_anything_is_trained(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fwdcompile.runner.take_turns", None)
+    (tmp_path / "file").touch()
+    out, err = run(*TRAIN, "--out", str(tmp_path / "file" / "runs"), capsys=capsys, code=2)
+    assert "Not a directory" in err.splitlines()[-1] and "Traceback" not in err and not out
+
+
+def test_train_goes_on_from_a_checkpoint(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, _ = run(*TRAIN, "--methods", "fgd", "--out", str(tmp_path), capsys=capsys)
+    again = [*TRAIN, "--methods", "fgd", "--out", str(tmp_path), "--resume"]
+    second, err = run(*again, capsys=capsys)
+    assert second == first and "4/4" in err
+    _, err = run(*again, "--lr", "0.5", capsys=capsys, code=2)
+    assert "another comparison: lr was 0.0002, is 0.5" in err
+
+
 @pytest.mark.parametrize("name", ["build", "Scale", "ready"])
 def test_show_takes_factories_classes_and_modules(
     name: str, capsys: pytest.CaptureFixture[str]

@@ -27,6 +27,7 @@ def test_a_method_has_the_settings_behind_its_name() -> None:
     assert own.source == Rademacher(rank_one=True)
     assert whole.of("backprop:optimizer=adam")[1].optimizer == "adam"
     assert whole.of("fgd") == ("fgd", whole)
+    assert whole.of("fgd:perturb=activations:samples=1/16")[1].samples == (1, 16)
 
 
 def test_sources() -> None:
@@ -58,8 +59,11 @@ def test_sources() -> None:
         ({"directions": "sphere", "rank_one": True}, "cannot be rank_one"),
         ({"directions": "sphere", "perturb": "activations"}, "perturbed by normal or rademacher"),
         ({"methods": ("fgd:samples=0",)}, "samples must be at least 1"),
-        ({"methods": ("fgd:samples=many",)}, "'samples=many' needs a int"),
-        ({"methods": ("fgd:rank_one=1",)}, "'rank_one=1' needs a bool"),
+        ({"methods": ("fgd:samples=many",)}, "'samples=many' needs a value of type int"),
+        ({"methods": ("fgd:rank_one=1",)}, "'rank_one=1' needs a value of type bool"),
+        ({"methods": ("fgd:perturb=activations:samples=1/0",)}, "samples must be at least 1"),
+        ({"samples": (1, 2)}, "is for the layers of perturb=activations"),
+        ({"methods": ("fgd:samples=1/",)}, "'samples=1/' needs a value of type int"),
         ({"methods": ("fgd:iterations=3",)}, "no setting of fgd is called 'iterations'"),
         ({"methods": ("backprop:samples=3",)}, "no setting of backprop is called 'samples'"),
         ({"methods": ("torch-jvp:directions=sphere",)}, "torch-jvp is plain gradient descent"),

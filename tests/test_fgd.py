@@ -189,6 +189,22 @@ def test_state_dict_continues_a_run() -> None:
         assert torch.equal(mine, theirs)
 
 
+def test_state_dict_continues_the_directions() -> None:
+    model = Mlp()
+    first = ForwardGradient(model, F.cross_entropy, seed=7, compile=False)
+    second = ForwardGradient(model, F.cross_entropy, compile=False)
+    first(X, Y)
+    second.load_state_dict(first.state_dict())
+    found = []
+    for gradient in (first, second):
+        model.zero_grad()
+        gradient(X, Y)
+        found.append([p.grad for p in model.parameters()])
+    assert first.state_dict() == second.state_dict() == {"iteration": 2, "seed": 7}
+    for mine, theirs in zip(*found, strict=True):
+        assert torch.equal(mine, theirs)
+
+
 @pytest.mark.compiled
 def test_compiled_step_equals_the_plain_one() -> None:
     model = Mlp()

@@ -14,7 +14,8 @@ from fwdcompile.errors import NonFiniteError
 from fwdcompile.methods import METHODS, Step
 
 ACTIVITIES = "fgd:perturb=activations"
-EAGER = ("fgd", ACTIVITIES, "fgd:optimizer=momentum", "backprop", "torch-jvp")
+LAYERS = f"{ACTIVITIES}:samples=1/2"
+EAGER = ("fgd", ACTIVITIES, LAYERS, "fgd:optimizer=momentum", "backprop", "torch-jvp")
 
 
 def config(**changes: Any) -> Config:
