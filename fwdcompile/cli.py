@@ -20,6 +20,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from . import data as data_sets
 from . import rule
 from .config import DIRECTIONS, NAMES, OPTIMIZERS, PERTURBED, Config, parsed
 from .costs import best_form
@@ -44,7 +45,7 @@ app = typer.Typer(
 @app.command()
 def train(
     model: Annotated[str, typer.Argument(help=f"one of {', '.join(MODELS)}")],
-    data: Annotated[str, typer.Option(help="digits, mnist or fashion-mnist")] = "digits",
+    data: Annotated[str, typer.Option(help=", ".join(data_sets.NAMES))] = "digits",
     data_root: Annotated[Path | None, typer.Option(help="directory of torchvision's sets")] = None,
     download: Annotated[bool, typer.Option(help="fetch a set that is not there")] = True,
     methods: Annotated[

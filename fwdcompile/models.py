@@ -1,4 +1,4 @@
-"""The architectures of the paper (section 5), for images of any size."""
+"""The architectures of the paper (section 5) and one with local losses, for any size of image."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable, Sequence
 
 from torch import nn
+
+from .local import Local
 
 HIDDEN = 1024
 CHANNELS = 64
@@ -108,10 +110,44 @@ def deep_mlp(depth: int, shape: Sequence[int], classes: int) -> nn.Module:
     return nn.Sequential(*layers, nn.Linear(HIDDEN, classes, bias=False))
 
 
+def local_mlp(shape: Sequence[int], classes: int, depth: int = 3, width: int = 256) -> Local:
+    """Blocks of one linear layer with ReLU, each with a linear head and a loss of its own.
+
+    The losses are another objective than that of the last head, greedy and so biased: see `Local`,
+    and Ren, Kornblith, Liao and Hinton, "Scaling forward gradient with local losses", 2023.
+
+    Args:
+        shape: of an image, (channels, height, width).
+        classes: number of classes.
+        depth: number of blocks, at least 1.
+        width: of each.
+
+    Returns:
+        A float32 module from [batch, *shape] to `depth` logits [batch, classes] in a list; in
+        evaluation mode to the last of them.
+
+    Raises:
+        ValueError: no block or no width, a shape that is not three positive numbers, or fewer than
+            one class.
+
+    Example:
+        >>> len(local_mlp((1, 8, 8), 10)(torch.zeros(2, 1, 8, 8)))
+        3
+    """
+    _check(shape, classes)
+    if depth < 1 or width < 1:
+        raise ValueError(f"depth and width must be at least 1, not {depth} and {width}")
+    layers = [nn.Linear(width if i else math.prod(shape), width) for i in range(depth)]
+    blocks = [nn.Sequential(layer, nn.ReLU()) for layer in layers]
+    blocks[0].insert(0, nn.Flatten())
+    return Local(blocks, [nn.Linear(width, classes) for _ in layers])
+
+
 MODELS: dict[str, Callable[[Sequence[int], int], nn.Module]] = {
     "logistic-regression": logistic_regression,
     "mlp": mlp,
     "cnn": cnn,
+    "local-mlp": local_mlp,
 }
 
 

@@ -6,9 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
+from torch.nn.functional import one_hot
 
 from fwdcompile.data import Dataset, batches, import_torchvision, load
 from fwdcompile.errors import DataError
+from fwdcompile.synthetic import COLOUR, GREY, Recipe, draw
 
 
 def numbered(count: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -60,6 +63,74 @@ def test_reads_torchvision_sets_from_raw_files(tmp_path: Path, name: str, folder
     assert torch.equal(data.train[0], images.view(5, 1, 28, 28).to(torch.float32) / 255)
     assert torch.equal(data.train[1], labels) and data.train[1].dtype == torch.int64
     assert torch.equal(data.validation[1], labels)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "mean"),
+    [("synthetic-grey", (1, 28, 28), 0.5195), ("synthetic-colour", (3, 32, 32), 0.4731)],
+)
+def test_images_from_the_generator(name: str, shape: tuple[int, ...], mean: float) -> None:
+    data = load(name)
+    assert data.shape == shape and data.classes == 10
+    for (images, labels), count in ((data.train, 10_000), (data.validation, 2_000)):
+        assert images.shape == (count, *shape) and images.dtype == torch.float32
+        assert labels.dtype == torch.int64 and labels.bincount().tolist() == [count // 10] * 10
+        assert images.min() == 0 and images.max() == 1
+    # results in docs are of these images
+    assert float(data.train[0].mean()) == pytest.approx(mean, abs=1e-3)
+
+
+def test_the_generator_follows_its_seed() -> None:
+    first, again, other = (draw(GREY, 40, 20, seed)[0][0] for seed in (0, 0, 1))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    together = torch.cat([images for images, _ in draw(GREY, 40, 20)]).flatten(1)
+    assert len(together.unique(dim=0)) == 60
+
+
+def linear_accuracy(train: tuple[Tensor, Tensor], validation: tuple[Tensor, Tensor]) -> float:
+    """Of ridge regression on the pixels, solved among the images."""
+    mean = train[0].mean(0)
+    x, x_new = ((images - mean).flatten(1) for images in (train[0], validation[0]))
+    targets = one_hot(train[1], 10).float() - 0.1
+    dual = torch.linalg.solve(x @ x.T + 300 * torch.eye(len(x)), targets)
+    return float(((x_new @ (x.T @ dual)).argmax(1) == validation[1]).float().mean())
+
+
+@pytest.mark.parametrize(("recipe", "low", "high"), [(GREY, 0.65, 0.85), (COLOUR, 0.35, 0.6)])
+def test_generated_classes_are_neither_trivial_nor_linear(
+    recipe: Recipe, low: float, high: float
+) -> None:
+    assert low < linear_accuracy(*draw(recipe, 2500, 1000)) < high
+
+
+def test_centred_data_is_less_the_mean_training_image() -> None:
+    data = load("digits")
+    centred = data.centred()
+    mean = data.train[0].mean(0)
+    assert centred.train[0].mean(0).abs().max() < 1e-5
+    for mine, true in ((centred.train, data.train), (centred.validation, data.validation)):
+        torch.testing.assert_close(mine[0] + mean, true[0])
+        assert mine[1] is true[1]
+
+
+def test_held_out_images_are_of_the_training_set_and_no_others() -> None:
+    data = Dataset(numbered(50), numbered(3))
+    parts = data.held_out(20)
+    assert parts.train[1].tolist() + parts.validation[1].tolist() != list(range(50))
+    assert len(parts.validation[1]) == 20
+    both = torch.cat([parts.train[1], parts.validation[1]])
+    assert both.sort().values.tolist() == list(range(50))
+    assert torch.equal(parts.validation[0].flatten(), parts.validation[1].float())
+    assert torch.equal(parts.validation[1], data.held_out(20).validation[1])
+    assert not torch.equal(parts.validation[1], data.held_out(20, seed=1).validation[1])
+    # a larger part holds the smaller one
+    assert torch.equal(data.held_out(30).validation[1][10:], parts.validation[1])
+
+
+@pytest.mark.parametrize("count", [0, 50, -1])
+def test_held_out_leaves_something_on_both_sides(count: int) -> None:
+    with pytest.raises(ValueError, match="1 to 49 can be held out"):
+        Dataset(numbered(50), numbered(3)).held_out(count)
 
 
 def test_names_what_is_missing(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from fwdcompile.models import MODELS, cnn, deep_mlp, logistic_regression, mlp
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 9, 14)])
 def test_logits_for_any_image_size(name: str, shape: tuple[int, ...]) -> None:
-    out = MODELS[name](shape, 7)(torch.rand(2, *shape))
+    out = MODELS[name](shape, 7).eval()(torch.rand(2, *shape))
     assert out.shape == (2, 7) and out.dtype == torch.float32
 
 
