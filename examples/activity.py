@@ -130,8 +130,7 @@ def main(
 
 def draw(path: Path) -> None:
     """Test error by epoch and by time, and the table, from the lines alone."""
-    report = Report.read(path)
-    header, lines = figures.read(path)
+    report, (header, _) = Report.read(path), figures.read(path)
     with figures.picture(path, 10, 4) as figure:
         by_epoch, by_time = figure.subplots(1, 2, sharey=True)
         for number, method in enumerate(report.config.methods):
@@ -148,11 +147,13 @@ def draw(path: Path) -> None:
         by_time.set(xlabel="seconds of training")
         by_epoch.legend(fontsize=7)
         figure.supxlabel(machine(header), fontsize=8)
-    path.with_suffix(".md").write_text(page(report, lines, machine(header)))
+    path.with_suffix(".md").write_text(page(path))
 
 
-def page(report: Report, lines: list[Line], told: str) -> str:
-    """The table as Markdown."""
+def page(path: Path) -> str:
+    """The table as Markdown, from the lines alone."""
+    report = Report.read(path)
+    header, lines = figures.read(path)
     rows = [
         "| perturbed | learning rate | test error, % | noise at the start | after an epoch | "
         "ms a step | of backpropagation's |",
@@ -172,7 +173,7 @@ def page(report: Report, lines: list[Line], told: str) -> str:
     config = report.config
     runs = f"{config.runs} runs, seeds 0 and up" if config.runs > 1 else "One run, seed 0"
     return "\n".join([*rows, "", f"{runs}; {config.iterations} steps of {config.batch}. Noise is "
-                      f"E|g - grad f|^2 / |grad f|^2 of a batch. {told}. Written by "
+                      f"E|g - grad f|^2 / |grad f|^2 of a batch. {machine(header)}. Written by "
                       "`python examples/activity.py`.\n"])  # fmt: skip
 
 

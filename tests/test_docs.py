@@ -19,6 +19,11 @@ from coverage_page import page
 
 import fwdcompile
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+import activity
+import directions
+import paper
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -89,6 +94,27 @@ def test_coverage_page_has_the_rows_of_the_table() -> None:
 def test_pages_are_written_from_their_results(module: Any, results: str, document: str) -> None:
     result = json.loads((ROOT / "docs/results" / results).read_text())
     assert module.page(result) == (ROOT / document).read_text()
+
+
+@pytest.mark.parametrize(
+    ("results", "page"),
+    [
+        ("paper.md", lambda path: paper.page(path.parent)),
+        ("directions.md", lambda path: directions.table(path.with_suffix(".jsonl"))),
+        ("activity-mnist.md", lambda path: activity.page(path.with_suffix(".jsonl"))),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_tables_of_experiments_follow_from_their_lines(results: str, page: Any) -> None:
+    path = ROOT / "docs/results/paper" / results
+    assert page(path) == path.read_text()
+
+
+@pytest.mark.parametrize("results", ["paper.md", "activity-mnist.md"])
+def test_readme_has_the_tables_of_the_papers_experiments(results: str) -> None:
+    parts = (ROOT / "docs/results/paper" / results).read_text().split("\n\n")
+    table = next(part for part in parts if part.startswith("|"))
+    assert f"\n\n{table}\n\n" in (ROOT / "README.md").read_text()
 
 
 def _dense(text: str) -> str:
