@@ -64,19 +64,19 @@ def test_forward_gradients_come_near_those_of_local_losses() -> None:
         lambda outs, target: losses(outs, target, "none"),
         directions=fwdcompile.Rademacher(),
         perturb="activations",
-        samples=64,
+        samples=16,
         compile=False,
     )
-    for _ in range(60):
+    for _ in range(80):
         loss = grad(x, y)
-    mine = [torch.cat([p.grad.flatten() / 60 for p in part]) for part in parts(model)]
+    mine = [torch.cat([p.grad.flatten() / 80 for p in part]) for part in parts(model)]
     model.zero_grad()
     expected = total_loss(model(x), y)
     expected.backward()
     torch.testing.assert_close(loss, expected.detach())
     for found, part in zip(mine, parts(model), strict=True):
         true = torch.cat([p.grad.flatten() for p in part])
-        assert (found - true).norm() < 0.1 * true.norm()
+        assert (found - true).norm() < 0.15 * true.norm()
 
 
 def test_evaluation_is_the_last_head_with_no_gradient_stopped() -> None:
@@ -123,7 +123,7 @@ def test_every_method_of_the_runner_trains_with_local_losses() -> None:
     images = torch.randn(60, *SHAPE) + 3 * labels.view(60, 1, 1, 1)
     data = Dataset((images[:40], labels[:40]), (images[40:], labels[40:]))
     methods = ("fgd:perturb=activations", "fgd", "backprop", "torch-jvp")
-    config = Config(methods, iterations=80, batch=20, lr=0.05, every=40, compile=False)
+    config = Config(methods, iterations=60, batch=20, lr=0.05, every=30, compile=False)
     report = Runner(lambda: local_mlp(SHAPE, 2, 2, 8), data, config).run()
     starts = {trace.validation_loss[0] for trace in report.traces}
     assert len(starts) == 1

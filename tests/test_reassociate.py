@@ -113,7 +113,7 @@ def test_op(name: str) -> None:
         assert not [n for n in made(fwd, {w.shape}) if n.endswith("w_dot")]
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["logistic-regression", "mlp", "cnn"])
 def test_no_dense_tangent_of_a_weight_in_the_papers_models(name: str) -> None:
     model = MODELS[name]((1, 8, 8), 10).double()
     fwd = agree(model, (torch.randn(3, 1, 8, 8, dtype=F64),), tangents_of(model))
