@@ -96,6 +96,15 @@ def run(experiment: Experiment, data_root: Path, data: str, work: Path, out: Pat
     return report
 
 
+def finished(path: Path) -> Report:
+    """The report of the runs that all methods have finished; an experiment may be under way."""
+    report = Report.read(path)
+    last = report.config.iterations
+    whole = [t for t in report.traces if t.stopped or t.iterations[-1] == last]
+    counts = [sum(t.method == method for t in whole) for method in report.config.methods]
+    return replace(report, traces=[t for t in whole if t.run < min(counts)])
+
+
 def bare(method: str) -> str:
     """A method without its rate, as `LABELS` has it."""
     return ":".join(part for part in method.split(":") if not part.startswith("lr="))
@@ -110,7 +119,7 @@ def draw(out: Path, name: str, experiments: Sequence[Experiment]) -> None:
         rows = figure.subplots(len(found), 4, squeeze=False)
         for axes, experiment in zip(rows, found, strict=True):
             path = out / f"{experiment.name}.jsonl"
-            panels(Report.read(path), list(axes))
+            panels(finished(path), list(axes))
             rate = "rates tuned" if experiment.lr is None else f"learning rate {experiment.lr:g}"
             axes[0].set_title(f"{experiment.name}, {rate}", loc="left")
         figure.supxlabel(machine(read(path)[0]), fontsize=8)

@@ -19,7 +19,7 @@ import logistic_regression
 import mlp
 import test_functions
 from figures import machine, options
-from mnist import LABELS, Experiment, arguments, bare, draw, run
+from mnist import LABELS, Experiment, arguments, bare, draw, finished, run
 
 from fwdcompile import models
 from fwdcompile.log import read
@@ -75,7 +75,8 @@ def write(out: Path) -> None:
 def page(out: Path) -> str:
     """The measures and the losses of all experiments that have lines, as Markdown."""
     paths = {e: out / f"{e.name}.jsonl" for e in experiments()}
-    found = {e: Report.read(path) for e, path in paths.items() if path.exists()}
+    found = {e: finished(path) for e, path in paths.items() if path.exists()}
+    found = {e: report for e, report in found.items() if report.traces}
     measures = ["| experiment | by | Rf | Rb | Rf/Rb | Tf/Tb |", "|---|---|---|---|---|---|"]
     losses = [
         "| experiment | method | learning rate | iterations | runs | validation loss, lowest | "

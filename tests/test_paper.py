@@ -86,6 +86,19 @@ def test_the_table_has_the_papers_measures(tmp_path: Path) -> None:
     assert "mlp" not in page
 
 
+def test_runs_that_are_under_way_do_not_count(tmp_path: Path) -> None:
+    run_small(tmp_path)
+    path = tmp_path / "out" / "logistic-regression.jsonl"
+    whole = mnist.finished(path)
+    assert whole.traces == Report.read(path).traces
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    last = next(r for r in records if r["kind"] == "step" and r["run"] == 1 and r["iteration"] == 6)
+    kept = records[: records.index(last)]
+    path.write_text("".join(json.dumps(record) + "\n" for record in kept))
+    assert {t.run for t in Report.read(path).traces} == {0, 1}
+    assert mnist.finished(path).traces == [t for t in whole.traces if t.run == 0]
+
+
 def test_the_experiments_are_the_papers() -> None:
     found = {e.name: e.config for e in paper.experiments() if e.lr}
     assert list(found) == list(paper.PAPER)
