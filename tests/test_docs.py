@@ -21,7 +21,6 @@ import fwdcompile
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import activity
-import directions
 import paper
 
 ROOT = Path(__file__).parents[1]
@@ -100,7 +99,6 @@ def test_pages_are_written_from_their_results(module: Any, results: str, documen
     ("results", "page"),
     [
         ("paper.md", lambda path: paper.page(path.parent)),
-        ("directions.md", lambda path: directions.table(path.with_suffix(".jsonl"))),
         ("activity-mnist.md", lambda path: activity.page(path.with_suffix(".jsonl"))),
     ],
     ids=lambda x: x if isinstance(x, str) else "",

@@ -232,11 +232,11 @@ def test_runs_that_stopped_are_counted_and_in_no_mean(tmp_path: Path) -> None:
     assert directions.average([1.0, 3.0]) == "2.000 ± 1.414"
     header, lines = figures.read(figures.RESULTS / "directions.jsonl")
     method = header["config"]["methods"][0]
-    stop = {"kind": "stop", "method": method, "run": 1, "reason": "the loss is inf"}
+    end = {"kind": "end", "method": method, "run": 1, "weights": "", "stopped": "the loss is inf"}
     ends = figures.of(lines, kind="step", method=method, iteration=header["config"]["iterations"])
     kept = [line["validation_loss"] for line in ends if line["run"] != 1]
     path = tmp_path / "lines.jsonl"
-    figures.write(path, [header, *lines, stop])
+    figures.write(path, [header, *lines, end])
     cells = next(directions.rows(path))
     assert cells[0] == "backprop (1 of 3 runs stopped)"
     assert cells[3] == directions.average(kept)
@@ -291,7 +291,7 @@ def test_committed_comparison_has_all_methods_and_its_page(tmp_path: Path) -> No
     assert names == list(directions.METHODS)
     for method in config["methods"]:
         steps = figures.of(lines, kind="step", method=method, iteration=config["iterations"])
-        stops = figures.of(lines, kind="stop", method=method)
+        stops = [end for end in figures.of(lines, kind="end", method=method) if end["stopped"]]
         assert {line["run"] for line in steps + stops} == {0, 1, 2}
     for kind in (".png", ".svg"):
         assert path.with_suffix(kind).exists()
