@@ -1,6 +1,7 @@
 """All figures of the paper and its table, resumable: what is done is not done again.
 
     python examples/paper.py --data-root DIR          # hours; kill it and run it again at will
+    python examples/paper.py --data-root DIR --times  # times of a step anew, on a quiet machine
     python examples/paper.py --draw                   # figures and table from the lines that exist
 
 Writes `docs/results/paper/`: a picture of each figure, the raw numbers as JSON lines, and
@@ -19,7 +20,7 @@ import logistic_regression
 import mlp
 import test_functions
 from figures import machine, options
-from mnist import LABELS, Experiment, arguments, bare, draw, finished, run
+from mnist import LABELS, Experiment, arguments, bare, draw, finished, run, time_again
 
 from fwdcompile import models
 from fwdcompile.log import read
@@ -49,8 +50,12 @@ PAPER: dict[str, tuple[float | None, ...]] = {
 def main() -> None:
     parser = options(__doc__)
     arguments(parser)
+    parser.add_argument("--times", action="store_true", help="measures steps again, trains nothing")
     chosen = parser.parse_args()
-    if not chosen.draw:
+    if chosen.times:
+        for experiment in (e for e in experiments() if (chosen.out / f"{e.name}.jsonl").exists()):
+            time_again(experiment, chosen.data_root, chosen.data, chosen.out)
+    elif not chosen.draw:
         for script in (forward_gradient_beale, test_functions):
             if not (chosen.out / f"{script.__name__}.jsonl").exists():
                 script.main(chosen.out)

@@ -89,6 +89,14 @@ def test_the_table_has_the_papers_measures(tmp_path: Path) -> None:
     assert "mlp" not in page
 
 
+def test_times_are_measured_again_and_nothing_else(tmp_path: Path) -> None:
+    before = run_small(tmp_path)
+    mnist.time_again(SMALL, tmp_path, "digits", tmp_path / "out")
+    after = Report.read(tmp_path / "out" / "logistic-regression.jsonl")
+    assert after.traces == before.traces and after.config == before.config
+    assert after.turns.keys() == before.turns.keys() and after.turns != before.turns
+
+
 def test_runs_that_are_under_way_do_not_count(tmp_path: Path) -> None:
     run_small(tmp_path)
     path = tmp_path / "out" / "logistic-regression.jsonl"
