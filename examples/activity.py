@@ -23,9 +23,9 @@ from pathlib import Path
 import figures
 import torch
 from figures import Line, machine
-from mnist import arguments, bare
+from mnist import arguments
 from torch import Tensor, nn
-from tuning import tuned
+from tuning import bare, tuned
 
 from fwdcompile import ForwardGradient
 from fwdcompile.cli import compare

@@ -31,7 +31,7 @@ from typing import Any
 import figures
 import torch
 from torch import nn
-from tuning import LINES, tuned
+from tuning import LINES, bare, tuned
 
 from fwdcompile.config import Config
 from fwdcompile.data import NAMES, Dataset, load
@@ -63,8 +63,7 @@ CONFIG = Config(iterations=100, batch=32, runs=3, decay=0, every=10, compile=Fal
 
 def name_of(method: str) -> str:
     """What the table calls a method of a log."""
-    bare, *settings = method.replace("-compiled", "").split(":")
-    key = ":".join([bare, *(s for s in settings if not s.startswith("lr="))])
+    key = bare(method.replace("-compiled", ""))
     return next(name for name, known in METHODS.items() if known == key)
 
 

@@ -21,6 +21,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from fwdcompile import log
 from fwdcompile.runner import environment
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results" / "paper"
@@ -59,7 +60,7 @@ def append(path: Path, lines: Iterable[Line]) -> None:
 
 def read(path: Path) -> tuple[Line, list[Line]]:
     """The header, and all lines below it."""
-    first, *rest = map(json.loads, path.read_text().splitlines())
+    first, *rest = log.read(path)
     if first["kind"] != "header":
         raise ValueError(f"{path} does not begin with a header")
     return first, rest

@@ -17,7 +17,7 @@ from pathlib import Path
 from figures import BACKPROP, FORWARD, machine, options, picture, write
 from matplotlib.axes import Axes
 from torch import nn
-from tuning import tuned
+from tuning import bare, tuned
 
 from fwdcompile.cli import compare
 from fwdcompile.config import Config
@@ -116,11 +116,6 @@ def finished(path: Path) -> Report:
     whole = [t for t in report.traces if t.stopped or t.iterations[-1] == last]
     counts = [sum(t.method == method for t in whole) for method in report.config.methods]
     return replace(report, traces=[t for t in whole if t.run < min(counts)])
-
-
-def bare(method: str) -> str:
-    """A method without its rate, as `LABELS` has it."""
-    return ":".join(part for part in method.split(":") if not part.startswith("lr="))
 
 
 def draw(out: Path, name: str, experiments: Sequence[Experiment]) -> None:

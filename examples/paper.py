@@ -20,7 +20,8 @@ import logistic_regression
 import mlp
 import test_functions
 from figures import machine, options
-from mnist import LABELS, Experiment, arguments, bare, draw, finished, run, time_again
+from mnist import LABELS, Experiment, arguments, draw, finished, run, time_again
+from tuning import bare
 
 from fwdcompile import models
 from fwdcompile.log import read

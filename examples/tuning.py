@@ -63,6 +63,11 @@ def tuned(
     }
 
 
+def bare(method: str) -> str:
+    """A method without the rate behind its name."""
+    return ":".join(part for part in method.split(":") if not part.startswith("lr="))
+
+
 def held_out(data: Dataset) -> Dataset:
     """The training set alone, a fixed fifth of it in the place of the validation set."""
     images, labels = data.train

@@ -124,9 +124,8 @@ class FGD(Stepper):
             loss, finite, trained, drawn, slopes, _ = self._estimate(
                 lowered, kinds, tensors, seed, count
             )
-            rate = lr * torch.exp(-decay * count)
+            rate = -lr * torch.exp(-decay * count) / self.samples
             weights = self._weights(slopes, drawn, reached)
-            rate = -rate / self.samples
             moves = {names: torch.where(finite, rate * w, 0.0) for names, w in weights.items()}
             if not self._store_directions:
                 each = [moves.get(reached[name]) for name in trained]

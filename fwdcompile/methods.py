@@ -125,7 +125,7 @@ def backprop(model: nn.Module, config: Config, seed: int, compiled: bool = False
     def objective(x: Tensor, y: Tensor) -> Tensor:
         return total_loss(model(x), y)
 
-    run = _compiled(objective, config) if compiled else objective
+    run = compiled_by(config, objective) if compiled else objective
 
     def step(x: Tensor, y: Tensor) -> Tensor:
         iteration = int(count.tensor)
@@ -180,7 +180,7 @@ def torch_jvp(
             value.sub_(torch.where(finite, move, 0.0))
         return loss, finite
 
-    run = _compiled(update, config) if compiled else update
+    run = compiled_by(config, update) if compiled else update
 
     @torch.no_grad()
     def step(x: Tensor, y: Tensor) -> Tensor:
@@ -203,7 +203,8 @@ METHODS: dict[str, Callable[[nn.Module, Config, int], Step]] = {
 }
 
 
-def _compiled(function: Callable[..., Any], config: Config) -> Callable[..., Any]:
+def compiled_by(config: Config, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function compiled in the config's mode, with a code object of its own."""
     return torch.compile(with_own_code(function), fullgraph=True, dynamic=False, mode=config.mode)
 
 

@@ -24,7 +24,7 @@ from .data import Dataset, batches
 from .errors import CheckpointError, NonFiniteError
 from .log import MEASURES, Log
 from .measure import take_turns
-from .methods import METHODS, Step, total_loss
+from .methods import METHODS, Step, compiled_by, total_loss
 from .report import BASES, Report, Trace
 
 CHECKPOINT = "checkpoint.pt"
@@ -47,7 +47,7 @@ class Runner:
             `checkpoint.pt`, which is written at each look; None writes nothing.
         tensorboard: writes TensorBoard's event files there, too.
         resume: goes on from the checkpoint there, to the very weights of a run that was never
-            stopped; begins where there is none.
+            stopped, given as many threads; begins where there is none.
         progress: called with the method's name and the number of steps that it has done since.
 
     Raises:
@@ -124,11 +124,7 @@ class Runner:
         def objective() -> Tensor:
             return total_loss(model(x), y)
 
-        if compiled:
-            objective = torch.compile(
-                objective, fullgraph=True, dynamic=False, mode=self.config.mode
-            )
-        return torch.no_grad()(objective)
+        return torch.no_grad()(compiled_by(self.config, objective) if compiled else objective)
 
     def _train(
         self, report: Report, trace: Trace, current: dict[str, Any] | None, log: Log

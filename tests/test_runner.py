@@ -202,7 +202,9 @@ sys.path.insert(0, {tests!r})
 from pathlib import Path
 from test_runner import {model}, blobs, settings
 from fwdcompile.runner import Runner
+import torch
 
+torch.set_num_threads({threads})
 left = {steps}
 def progress(method, steps):
     global left
@@ -236,7 +238,8 @@ def test_a_killed_run_goes_on_to_the_very_same_end(
     for steps in (13, 37, 10**9, 10**9):
         script = STOPPED.format(tests=str(Path(__file__).parent), steps=steps, folder=str(folder),
                                 methods=methods, optimizer=optimizer,
-                                model=build.__name__)  # fmt: skip
+                                model=build.__name__,
+                                threads=torch.get_num_threads())  # fmt: skip
         done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], check=False)
         assert done.returncode == (0 if steps > 1000 else -signal.SIGKILL)
     found = Report.read(folder / "log.jsonl")
