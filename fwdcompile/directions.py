@@ -184,7 +184,9 @@ def _gram(drawn: Sequence[Mapping[str, Tensor | RankOne]]) -> tuple[Tensor, int]
     return sum(products[1:], products[0]), count
 
 
-def stream_keys(seed: Tensor, step: Tensor, samples: int = 1, parameters: int = 1) -> Tensor:
+def stream_keys(
+    seed: Tensor, step: Tensor, samples: int = 1, parameters: int = 1, first: int = 0
+) -> Tensor:
     """The keys of all directions of one step, computed together: a compiler makes them one loop.
 
     Args:
@@ -192,12 +194,14 @@ def stream_keys(seed: Tensor, step: Tensor, samples: int = 1, parameters: int = 
         step: int64 tensor of no dimensions, the iteration.
         samples: how many directions the step takes.
         parameters: how many parameters each direction has.
+        first: number of the first direction; other workers have those before and behind.
 
     Returns:
         An int32 tensor `[samples, parameters, 2]` on the seed's device, two words a key.
     """
     device = seed.device
-    sample = torch.arange(samples, dtype=torch.int32, device=device)[:, None, None]
+    numbers = torch.arange(first, first + samples, dtype=torch.int32, device=device)
+    sample = numbers[:, None, None]
     parameter = torch.arange(parameters, dtype=torch.int32, device=device)[:, None]
     word = torch.arange(2, dtype=torch.int32, device=device)
     halves = [(x & 0xFFFFFFFF).to(torch.int32) for n in (seed, step) for x in (n, n >> 32)]

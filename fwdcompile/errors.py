@@ -37,3 +37,11 @@ class DataError(FwdcompileError, ValueError):
 
 class CheckpointError(FwdcompileError, OSError):
     """A checkpoint cannot be written or read, or belongs to another comparison."""
+
+
+class MismatchError(FwdcompileError, ValueError):
+    """Workers that train together differ in what has to be equal."""
+
+
+class HistoryError(FwdcompileError, ValueError):
+    """A history of steps is damaged, cut short, or of another run."""

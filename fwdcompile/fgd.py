@@ -13,6 +13,7 @@ from .directions import Directions, Normal, RankOne, Sphere, scaled, stream_keys
 from .forward import Lowered
 from .parts import Model
 from .program import outputs_reached
+from .redraw import Redraw, move
 from .stepper import NonFinite, Plan, Stepper, check_loss, kinds_of, sum_of
 
 Perturbed = Literal["weights", "activations"]
@@ -75,7 +76,7 @@ class FGD(Stepper):
             model, loss_fn, chosen, samples, seed, compile, mode, nonfinite, dynamic, clip
         )
         self._store_directions = store_directions
-        self._redraws: dict[Any, Callable[..., None]] = {}
+        self._redraw = Redraw(chosen, self._compiled)
         self._lr = torch.tensor(lr, dtype=torch.float64, device=self._seed.device)
         self._decay = torch.tensor(decay, dtype=torch.float64, device=self._seed.device)
 
@@ -102,9 +103,9 @@ class FGD(Stepper):
         plan, loss, _, *rest = self._run(inputs, kwargs, self._lr, self._decay)
         if rest:
             moves, keys = rest
-            for number, (parameter, move) in enumerate(zip(plan.trained(), moves, strict=True)):
-                if move is not None:
-                    self._redraw(parameter, keys[:, number], move)
+            for number, (parameter, factors) in enumerate(zip(plan.trained(), moves, strict=True)):
+                if factors is not None:
+                    self._redraw(parameter, keys[:, number], factors)
         return loss.clone() if self._mode == "reduce-overhead" else loss
 
     def state_dict(self) -> dict[str, Any]:
@@ -132,24 +133,10 @@ class FGD(Stepper):
                 return loss, finite, each, stream_keys(seed, count, self.samples, len(trained))
             for name, parameter in trained.items():
                 if names := reached[name]:
-                    _move(parameter, [dots[name] for dots in drawn], moves[names])
+                    move(parameter, [dots[name] for dots in drawn], moves[names])
             return loss, finite
 
         return step
-
-    @torch.no_grad()
-    def _redraw(self, parameter: Tensor, keys: Tensor, moves: Tensor) -> None:
-        """The update of one parameter along directions that are drawn a second time."""
-        kind = parameter.shape, parameter.stride(), parameter.dtype
-        if kind not in self._redraws:
-
-            def update(parameter: Tensor, keys: Tensor, moves: Tensor) -> None:
-                shape, dtype = parameter.shape, parameter.dtype
-                dots = [self.directions.draw(shape, key=key, dtype=dtype) for key in keys]
-                _move(parameter, dots, moves)
-
-            self._redraws[kind] = self._compiled(update)
-        self._redraws[kind](parameter, keys, moves)
 
 
 class ForwardGradient(Stepper):
@@ -270,8 +257,3 @@ def _combined(
         return None
     own = [weights[k] / len(samples) for k in samples]
     return sum_of(scaled(dot, w) for dot, w in zip(dots, own, strict=True))
-
-
-def _move(parameter: Tensor, dots: list[Tensor | RankOne], moves: Tensor) -> None:
-    for dot, move in zip(dots, moves, strict=True):
-        parameter.add_(scaled(dot, move))

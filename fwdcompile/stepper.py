@@ -62,6 +62,13 @@ class Plan:
                 found.append(inputs[self.leaves[slot.name]])
         return found
 
+    def written(self, inputs: Sequence[Any]) -> tuple[list[Tensor], list[Tensor]]:
+        """The buffers and the inputs that the program changes."""
+        slots = self.lowered.program.outputs
+        homes = (self.state[slot.name] for slot in slots if slot.kind == "buffer")
+        changed = [inputs[self.leaves[slot.name]] for slot in slots if slot.kind == "input"]
+        return [home[key] for home, key in homes], changed
+
     def trained(self) -> list[Tensor]:
         """The parameters that have tangents, in the order of their keys, then all others."""
         program = self.lowered.program
@@ -99,6 +106,7 @@ class Stepper:
         self.objective = Objective(model, loss_fn)
         self._directions, self._samples = directions, sum(numbers)
         self._dense = replace(directions, rank_one=False)
+        self._first_sample = 0
         self.clip = clip
         self.nonfinite = nonfinite
         self.iteration = 0
@@ -229,18 +237,17 @@ class Stepper:
     ) -> dict[tuple[str, ...], Tensor]:
         """The slopes that samples are weighted by, by the losses that one can move."""
         mixing = self.directions.mixing(drawn)
+        return by_losses({n: self._weigh(slope, mixing) for n, slope in slopes.items()}, reached)
 
-        def weigh(slope: Tensor) -> Tensor:
-            slope = slope if mixing is None else mixing.to(slope.dtype) @ slope
-            slope = slope if self.clip is None else slope.clamp(-self.clip, self.clip)
-            return slope if mixing is None else mixing.mT.to(slope.dtype) @ slope
-
-        each = {name: weigh(slope) for name, slope in slopes.items()}
-        return {names: sum_of(each[name] for name in names) for names in reached.values() if names}
+    def _weigh(self, slope: Tensor, mixing: Tensor | None) -> Tensor:
+        """What samples are weighted by for one loss, from its slopes along them."""
+        slope = slope if mixing is None else mixing.to(slope.dtype) @ slope
+        slope = slope if self.clip is None else slope.clamp(-self.clip, self.clip)
+        return slope if mixing is None else mixing.mT.to(slope.dtype) @ slope
 
     def _draw(self, kinds: Kinds, seed: Tensor, step: Tensor) -> list[Drawn]:
         """The directions of one step: for each sample, those of all that has one, by name."""
-        keys = stream_keys(seed, step, self.samples, len(kinds))
+        keys = stream_keys(seed, step, self.samples, len(kinds), self._first_sample)
 
         def draw(kind: Kind, key: Tensor) -> Tensor | RankOne:
             source = self.directions if kind.outer else self._dense
@@ -261,14 +268,20 @@ class Stepper:
             torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
         loss, finite, *rest = plan.run(tensors, self._seed, self._step, *extra)
         if self.nonfinite == "raise" and not finite:
-            raise NonFiniteError(
-                f"iteration {self.iteration}: the loss ({float(loss):g}) or its directional "
-                "derivative is not finite; parameters and buffers are as they were. Lower the "
-                'learning rate, or pass nonfinite="skip" to leave such steps out.'
-            )
+            raise self._refusal(loss)
+        self._advance()
+        return plan, loss, finite, *rest
+
+    def _advance(self) -> None:
         self.iteration += 1
         self._step += 1
-        return plan, loss, finite, *rest
+
+    def _refusal(self, loss: Tensor, where: str = "") -> NonFiniteError:
+        return NonFiniteError(
+            f"iteration {self.iteration}{where}: the loss ({float(loss):g}) or its directional "
+            "derivative is not finite; parameters and buffers are as they were. Lower the "
+            'learning rate, or pass nonfinite="skip" to leave such steps out.'
+        )
 
 
 def with_own_code(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -289,6 +302,11 @@ def kinds_of(lowered: Lowered) -> Kinds:
         if slot.direction == kind.samples[0]:
             kind.shape = (*kind.shape, *value(node).shape)
     return kinds
+
+
+def by_losses(each: Mapping[str, Tensor], reached: Reached) -> dict[tuple[str, ...], Tensor]:
+    """Sums over the losses that a parameter can move, for each such set of losses."""
+    return {names: sum_of(each[name] for name in names) for names in reached.values() if names}
 
 
 def sum_of(terms: Iterable[Tensor]) -> Tensor:

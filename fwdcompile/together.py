@@ -1,0 +1,323 @@
+"""What the steps of many workers share: the exchange of a step, its history, and its replay."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import __version__
+from .binding import state_homes
+from .directions import Sphere, stream_keys
+from .errors import HistoryError, MismatchError
+from .forward import Lowered
+from .history import History, Record, check_header, read
+from .program import outputs_reached
+from .redraw import Redraw
+from .stepper import Plan, Stepper, by_losses, kinds_of
+from .workers import Workers, digest
+
+_FORMAT = 1
+_BITS = 48  # of a digest, that a float64 holds without rounding
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a program's parameters have to do with its losses.
+
+    Attributes:
+        losses: those with a slope, by name.
+        sets: the sets of losses that some parameter can move.
+        parameters: in the order of their keys, each with the number of its set, or None.
+    """
+
+    losses: tuple[str, ...]
+    sets: tuple[tuple[str, ...], ...]
+    parameters: tuple[tuple[str, int | None], ...]
+
+    @staticmethod
+    def of(lowered: Lowered) -> Layout:
+        """The layout of a generated program."""
+        program = lowered.program
+        reached = outputs_reached(program)
+        moved = {slot.name for slot in program.outputs if slot.kind == "tangent"}
+        losses = [s.name for s in program.outputs if s.kind == "output" and s.name in moved]
+        sets = tuple(dict.fromkeys(names for names in reached.values() if names))
+        numbers = {names: number for number, names in enumerate(sets)}
+        parameters = [(name, numbers.get(reached[name])) for name in kinds_of(lowered)]
+        return Layout(tuple(losses), sets, tuple(parameters))
+
+    @property
+    def fingerprint(self) -> int:
+        """Tells layouts apart."""
+        return zlib.crc32(repr(self).encode())
+
+    def moves(self, each: Tensor) -> list[Tensor]:
+        """Numbers `[losses, G]`, one row for each loss, summed for each set of losses: `[G]`."""
+        rows = dict(zip(self.losses, each, strict=True))
+        return list(by_losses(rows, {str(i): names for i, names in enumerate(self.sets)}).values())
+
+
+@dataclass
+class Part:
+    """What this worker has for the next step: sums over the parts of its batch."""
+
+    layout: Layout
+    loss: Tensor
+    slopes: Tensor
+    mixing: Tensor | None
+    finite: bool
+    count: int = 1
+    before: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+
+class Together(Stepper):
+    """A step in two halves: a forward run in each worker, then what follows from all numbers."""
+
+    def _join(
+        self, workers: Workers, history: str | Path | None, check_every: int, buffers: bool
+    ) -> None:
+        orthogonal = isinstance(self.directions, Sphere) and self.directions.orthogonal
+        if workers.share == "directions" and orthogonal:
+            raise ValueError('orthogonal directions are drawn together: share="data" has that')
+        if check_every < 1:
+            raise ValueError(f"check_every must be at least 1, not {check_every}")
+        self.workers, self.check_every, self.broadcast_buffers = workers, check_every, buffers
+        self._path = None if history is None else Path(history)
+        self._history: History | None = None
+        self._written: Layout | None = None
+        self._part: Part | None = None
+        self._layouts: dict[Plan, Layout] = {}
+        self._along = Redraw(self.directions, self._compiled)
+        self._homes = state_homes(self.objective)
+        self._unchecked = True
+        if workers.share == "directions":
+            self._first_sample = workers.rank * self.samples
+        workers.agree(self._identity())
+
+    def _identity(self) -> dict[str, Any]:
+        """What has to be equal in all workers."""
+        names = self._names()
+        return {
+            "the version of fwdcompile": __version__,
+            "the version of torch": torch.__version__,
+            "the number of threads": torch.get_num_threads(),
+            "what is shared": self.workers.share,
+            "its kind of step": type(self).__name__,
+            "directions": repr(self.directions),
+            "samples": self.samples,
+            "clip": self.clip,
+            "nonfinite": self.nonfinite,
+            "compile": self._compile and self._mode,
+            "check_every": self.check_every,
+            "its state": self.state_dict(),
+            "parameter names": names,
+        } | {f"parameter {name}": _kind(self._parameter(name)) for name in names}
+
+    def _parameter(self, name: str) -> Tensor:
+        home, key = self._homes[name]
+        return home[key]  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def accumulate(self, *inputs: Any, **kwargs: Any) -> Tensor:
+        """Takes a part of this worker's batch along the directions of the next step.
+
+        Nothing is sent and no parameter moves; the step that follows takes the mean over its own
+        inputs and all parts before. Parts of equal size give the step of the whole batch.
+
+        Args:
+            *inputs: as of a step.
+            **kwargs: as of a step.
+
+        Returns:
+            The loss of this part.
+        """
+        plan, leaves = self._plan(inputs, kwargs)
+        layout = self._layouts.setdefault(plan, Layout.of(plan.lowered))
+        tensors = plan.tensors(leaves)
+        buffers, changed = plan.written(leaves)
+        part = self._part
+        before = part.before if part else {}
+        for x in (*buffers, *changed):
+            before.setdefault(id(x), (x, x.clone()))
+        if part is None and self.broadcast_buffers:
+            self.workers.follow(buffers)
+        if self._mode == "reduce-overhead":
+            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+        loss: Tensor
+        loss, finite, slopes, mixing = plan.run(tensors, self._seed, self._step)
+        loss, slopes = loss.to(torch.float64, copy=True), slopes.to(torch.float64, copy=True)
+        mixing = None if mixing is None else mixing.to(torch.float64, copy=True)
+        if part is None:
+            self._part = Part(layout, loss, slopes, mixing, bool(finite), before=before)
+        elif part.layout != layout:
+            raise MismatchError("the parts of one step must train the same parameters")
+        else:
+            part.loss, part.slopes = part.loss + loss, part.slopes + slopes
+            part.finite, part.count = part.finite and bool(finite), part.count + 1
+        return loss
+
+    def _body(self, lowered: Lowered) -> Callable[..., Any]:
+        kinds = kinds_of(lowered)
+
+        def estimate(tensors: Any, seed: Tensor, count: Tensor) -> Any:
+            loss, finite, _, drawn, slopes, _ = self._estimate(lowered, kinds, tensors, seed, count)
+            return loss, finite, torch.stack([*slopes.values()]), self.directions.mixing(drawn)
+
+        return estimate
+
+    def _meet(self, inputs: Sequence[Any], kwargs: Any) -> tuple[Tensor, Layout, list[Tensor]]:
+        """The mean loss, and for each set of losses the weights of all directions, `[G]`."""
+        self.accumulate(*inputs, **kwargs)
+        part, self._part = self._part, None
+        assert part is not None
+        checked = self._unchecked or self.iteration % self.check_every == 0
+        own = self._digest() if checked else "0"
+        numbers = part.slopes / part.count
+        if self.workers.share == "directions":
+            numbers = torch.stack([self._weigh(slope, part.mixing) for slope in numbers])
+        head = [self.iteration, part.layout.fingerprint, int(own, 16) >> (256 - _BITS)]
+        told = torch.tensor([*head, part.finite], dtype=torch.float64, device=numbers.device)
+        loss = part.loss[None] / part.count
+        rows = self.workers.gather(torch.cat([told, loss, numbers.flatten()]))
+        self._compare(rows)
+        self._unchecked = False
+        finite = rows[:, 3] > 0
+        if not part.finite or (self.nonfinite == "raise" and not finite.all()):
+            for x, old in part.before.values():
+                x.copy_(old)
+        if self.nonfinite == "raise" and not finite.all():
+            where = (~finite).nonzero().flatten().tolist()
+            raise self._refusal(rows[where[0], 4], f", worker {', '.join(map(str, where))}")
+        if checked:
+            self._write({"kind": "check", "i": self.iteration, "weights": own}, part.layout)
+        kept = finite if finite.any() else ~finite
+        weights = self._weights_of(rows[:, 5:], finite, part)
+        return rows[kept, 4].mean(), part.layout, part.layout.moves(weights)
+
+    def _weights_of(self, numbers: Tensor, finite: Tensor, part: Part) -> Tensor:
+        """Weights of all directions, `[losses, G]`, for a mean over them, from what was told."""
+        losses = len(part.layout.losses)
+        each = torch.where(finite[:, None], numbers, 0.0) / finite.sum().clamp(min=1)
+        if self.workers.share == "directions":
+            return each.view(len(each), losses, -1).transpose(0, 1).flatten(1) / self.samples
+        mixing = None if part.mixing is None else part.mixing.cpu()
+        slopes = each.sum(0).view(losses, -1)
+        return torch.stack([self._weigh(slope, mixing) for slope in slopes]) / self.samples
+
+    def _compare(self, rows: Tensor) -> None:
+        """Refuses workers that have come apart, before anything moves."""
+        for column, what in enumerate(("iteration", "program", "weights")):
+            if (rows[:, column] != rows[0, column]).any():
+                if what == "weights":
+                    each = {f"parameter {n}": digest([self._parameter(n)]) for n in self._names()}
+                    self.workers.agree(each | {"seed": int(self._seed)})
+                raise MismatchError(f"workers differ in their {what}: {rows[:, column].tolist()}")
+
+    def _names(self) -> list[str]:
+        """The parameters that train, by all of their names."""
+        found = {name: home[key] for name, (home, key) in self._homes.items()}
+        return [name for name, x in found.items() if x is not None and x.requires_grad]
+
+    def _digest(self) -> str:
+        return digest([*(self._parameter(name) for name in self._names()), self._seed])
+
+    def _apply(
+        self, layout: Layout, moves: Sequence[Tensor], target: Callable[[Tensor], Tensor]
+    ) -> None:
+        """Adds the directions of this step times `moves` to the target of each parameter."""
+        device = self._seed.device
+        keys = stream_keys(self._seed, self._step, len(moves[0]), len(layout.parameters))
+        placed = [each.to(device) for each in moves]
+        for number, (name, which) in enumerate(layout.parameters):
+            if which is not None:
+                x = target(self._parameter(name))
+                own = torch.split(keys[:, number], self.samples)
+                factors = torch.split(placed[which], self.samples)
+                for some, theirs in zip(own, factors, strict=True):
+                    self._along(x, some, theirs)
+
+    def _header(self) -> Record:
+        """What has to be equal for a history to be replayed."""
+        return {
+            "format": _FORMAT,
+            "step": type(self).__name__,
+            "directions": repr(self.directions),
+            "seed": int(self._seed),
+        }
+
+    def _write(self, record: Record, layout: Layout) -> None:
+        """Adds to the history, which worker 0 keeps for all."""
+        if self._path is None or self.workers.rank:
+            return
+        if self._history is None:
+            self._history = History(self._path, self._header(), self.iteration)
+        if layout != self._written:
+            parameters = [
+                [name, _kind(self._parameter(name)), number] for name, number in layout.parameters
+            ]
+            self._history.write({"kind": "plan", "i": self.iteration, "parameters": parameters})
+            self._written = layout
+        self._history.write(record)
+
+    def _write_moves(self, moves: Sequence[Tensor], layout: Layout) -> None:
+        self._write({"i": self.iteration, "m": [each.tolist() for each in moves]}, layout)
+
+    def close(self) -> None:
+        """Ends the history, if there is one."""
+        if self._history is not None:
+            self._history.close()
+            self._history = None
+
+    def _replayed(
+        self,
+        path: str | Path | None,
+        until: int | None,
+        unfinished: bool,
+        target: Callable[[Tensor], Tensor],
+    ) -> Iterator[int]:
+        """Does the steps of a history again, from the iteration that this one is at."""
+        source = path or self._path
+        if source is None:
+            raise ValueError("replay needs the path of a history")
+        records = read(source, unfinished=unfinished or until is not None)
+        check_header(Path(source), records[0], self._header())
+        layout: Layout | None = None
+        for record in records[1:]:
+            if self.iteration == until:
+                return
+            if record.get("kind") == "plan":
+                layout = self._planned_layout(record, source)
+            elif record.get("kind") == "check" and record["i"] == self.iteration:
+                if self._digest() != record["weights"]:
+                    raise HistoryError(
+                        f"{source}: other weights at iteration {self.iteration} than the run had: "
+                        "it began with others, or another torch or number of threads made them"
+                    )
+            elif record.get("m") is not None and record["i"] >= self.iteration:
+                if record["i"] > self.iteration or layout is None:
+                    raise HistoryError(f"{source} lacks iteration {self.iteration}")
+                moves = [torch.tensor(each, dtype=torch.float64) for each in record["m"]]
+                self._apply(layout, moves, target)
+                self._advance()
+                yield self.iteration
+        if until is not None and self.iteration < until:
+            raise HistoryError(f"{source} ends at iteration {self.iteration}, before {until}")
+
+    def _planned_layout(self, record: Record, source: str | Path) -> Layout:
+        """The layout of a record, for the parameters that this model has."""
+        known = set(self._names())
+        for name, kind, _ in record["parameters"]:
+            mine = _kind(self._parameter(name)) if name in known else "missing"
+            if mine != kind:
+                raise HistoryError(f"{source} trains {name}, {kind}; here it is {mine}")
+        return Layout((), (), tuple((name, number) for name, _, number in record["parameters"]))
+
+
+def _kind(x: Tensor) -> str:
+    return f"{x.dtype} of shape {list(x.shape)}"
