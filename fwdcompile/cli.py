@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from . import data as data_sets
 from . import rule
-from .config import DIRECTIONS, NAMES, OPTIMIZERS, PERTURBED, Config, parsed
+from .config import DIRECTIONS, NAMES, OPTIMIZERS, PERTURBED, SHARES, Config, parsed
 from .costs import best_form
 from .data import Dataset, import_torchvision, load
 from .errors import FwdcompileError
@@ -31,6 +31,7 @@ from .graph import draw
 from .models import MODELS
 from .report import BASES, Report, plot
 from .runner import Runner
+from .workers import Workers, joined, restarted
 
 DEFAULT_INPUT = "1,3,64,64"
 
@@ -82,6 +83,9 @@ def train(
     tensorboard: Annotated[
         bool, typer.Option("--tensorboard", help="write TensorBoard's event files")
     ] = False,
+    share: Annotated[
+        str, typer.Option(help=f"what workers share, under torchrun: {' or '.join(SHARES)}")
+    ] = "data",
     resume: Annotated[
         bool, typer.Option("--resume", help="go on from the checkpoint in --out, if there is one")
     ] = False,
@@ -109,15 +113,18 @@ def train(
         compile=compile,
         mode=mode,
         skip_nonfinite=skip_nonfinite,
+        share=share,
     )
-    dataset = load(data, data_root, download=download).to(_device(device))
+    with joined(device) as own:
+        dataset = load(data, data_root, download=download).to(_device(own))
 
-    def build() -> nn.Module:
-        return MODELS[model](dataset.shape, dataset.classes)
+        def build() -> nn.Module:
+            return MODELS[model](dataset.shape, dataset.classes)
 
-    report = compare(build, dataset, config, out, tensorboard, resume)
-    Console().print(table(report))
-    plot(report, out / "loss.png", f"{model} on {data}")
+        report = compare(build, dataset, config, out, tensorboard, resume or restarted())
+        if not Workers().rank:
+            Console().print(table(report))
+            plot(report, out / "loss.png", f"{model} on {data}")
 
 
 @app.command()
@@ -198,7 +205,7 @@ def compare(
 ) -> Report:
     """Runs a comparison under a progress bar; the arguments are those of `Runner`."""
     total = config.iterations * config.runs * len(config.methods)
-    with tqdm(total=total, unit="step", dynamic_ncols=True) as bar:
+    with tqdm(total=total, unit="step", dynamic_ncols=True, disable=Workers().rank > 0) as bar:
 
         def progress(method: str, steps: int) -> None:
             bar.set_description(method, refresh=False)

@@ -29,6 +29,7 @@ DIRECTIONS: dict[str, Callable[[bool], Directions]] = {
 _TORCH = ("normal", "rademacher")
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 PERTURBED = ("weights", "activations")
+SHARES = ("data", "directions")
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "sgd": torch.optim.SGD,
     "momentum": functools.partial(torch.optim.SGD, momentum=0.9),
@@ -67,6 +68,8 @@ class Config:
         compile: False runs `fgd` as generated; a name that ends in -compiled compiles.
         mode: torch.compile's mode.
         skip_nonfinite: leaves steps out that are not finite, in place of stopping.
+        share: what many workers share: "data", each has its part of the batch; or "directions",
+            each takes `samples` of its own, on the whole batch. One process does not look at it.
 
     Raises:
         ValueError: a number out of range, an unknown name, or settings that do not go together.
@@ -92,6 +95,7 @@ class Config:
     compile: bool = True
     mode: str = "default"
     skip_nonfinite: bool = False
+    share: str = "data"
 
     def __post_init__(self) -> None:
         for name in ("iterations", "batch", "runs", "samples", "every"):
@@ -104,6 +108,7 @@ class Config:
         _known("mode of torch.compile", self.mode, MODES)
         _known("optimizer", self.optimizer, OPTIMIZERS)
         _known("thing to perturb", self.perturb, PERTURBED)
+        _known("thing to share", self.share, SHARES)
         if not (0 < self.lr < math.inf and 0 <= self.decay < math.inf):
             raise ValueError(
                 f"lr must be positive and decay not negative, not {self.lr} and {self.decay}"

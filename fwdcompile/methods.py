@@ -12,12 +12,15 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
+from torch.nn.parallel import DistributedDataParallel
 
 from .config import OPTIMIZERS, Config
 from .directions import RankOne, dense_tensor, stream_keys
+from .distributed import DistributedFGD, DistributedForwardGradient
 from .errors import NonFiniteError
 from .fgd import FGD, ForwardGradient
 from .stepper import with_own_code
+from .workers import Workers
 
 Draw = Callable[[list[Tensor], int], list[Tensor]]
 
@@ -96,12 +99,17 @@ def fgd(model: nn.Module, config: Config, seed: int) -> Step:
         "mode": config.mode,
         "nonfinite": "skip" if config.skip_nonfinite else "raise",
     }
+    workers = workers_of(config)
+    if workers.size > 1:
+        settings["workers"] = workers
     if config.optimizer == "sgd" and config.perturb == "weights":
-        trainer = FGD(model, losses, lr=config.lr, decay=config.decay, **settings)
+        descent = DistributedFGD if workers.size > 1 else FGD
+        trainer = descent(model, losses, lr=config.lr, decay=config.decay, **settings)
         return Step(trainer.step, {"fgd": trainer})
     per_example = functools.partial(losses, reduction="none")
     loss_fn = per_example if config.perturb == "activations" else losses
-    gradient = ForwardGradient(model, loss_fn, perturb=config.perturb, **settings)  # type: ignore[arg-type]
+    estimate = DistributedForwardGradient if workers.size > 1 else ForwardGradient
+    gradient = estimate(model, loss_fn, perturb=config.perturb, **settings)  # type: ignore[arg-type]
     optimizer = _optimizer(model, config)
 
     def step(x: Tensor, y: Tensor) -> Tensor:
@@ -117,28 +125,35 @@ def fgd(model: nn.Module, config: Config, seed: int) -> Step:
 def backprop(model: nn.Module, config: Config, seed: int, compiled: bool = False) -> Step:
     """Backpropagation; `compiled` compiles forward and backward, the update is fused.
 
-    Only the loss is looked at for infinities: a look at every gradient would slow the rival down.
+    Many workers have torch's DistributedDataParallel. Only the loss is looked at for infinities: a
+    look at every gradient would slow the rival down.
     """
     optimizer = _optimizer(model, config)
     count = _Counted(0, torch.device("cpu"))
 
-    def objective(x: Tensor, y: Tensor) -> Tensor:
-        return total_loss(model(x), y)
+    workers = workers_of(config)
+    net = DistributedDataParallel(model) if workers.size > 1 else model
 
-    run = compiled_by(config, objective) if compiled else objective
+    def objective(x: Tensor, y: Tensor) -> Tensor:
+        return total_loss(net(x), y)
+
+    # DistributedDataParallel's own code, around the model, is no part of a graph
+    whole = workers.size == 1
+    run = compiled_by(config, objective, whole) if compiled else objective
 
     def step(x: Tensor, y: Tensor) -> Tensor:
         iteration = int(count.tensor)
         optimizer.zero_grad()
         _schedule(optimizer, config.rate(iteration))
         loss: Tensor = run(x, y)
-        if torch.isfinite(loss):
+        told = loss.detach() if workers.size == 1 else workers.gather(loss.detach()[None]).mean()
+        if torch.isfinite(told):
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
         else:
-            _refuse(loss, iteration, config)
+            _refuse(told, iteration, config)
         count.tensor.add_(1)
-        return loss.detach()
+        return told
 
     return Step(step, {"optimizer": optimizer, "count": count})
 
@@ -203,9 +218,17 @@ METHODS: dict[str, Callable[[nn.Module, Config, int], Step]] = {
 }
 
 
-def compiled_by(config: Config, function: Callable[..., Any]) -> Callable[..., Any]:
+def workers_of(config: Config) -> Workers:
+    """The workers that train by a config."""
+    return Workers("data" if config.share == "data" else "directions")
+
+
+def compiled_by(
+    config: Config, function: Callable[..., Any], whole: bool = True
+) -> Callable[..., Any]:
     """The function compiled in the config's mode, with a code object of its own."""
-    return torch.compile(with_own_code(function), fullgraph=True, dynamic=False, mode=config.mode)
+    own = with_own_code(function)
+    return torch.compile(own, fullgraph=whole, dynamic=False, mode=config.mode)
 
 
 def _optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:

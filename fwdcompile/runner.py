@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import math
 import platform
 import statistics
@@ -24,8 +23,9 @@ from .data import Dataset, batches
 from .errors import CheckpointError, NonFiniteError
 from .log import MEASURES, Log
 from .measure import take_turns
-from .methods import METHODS, Step, compiled_by, total_loss
+from .methods import METHODS, Step, compiled_by, total_loss, workers_of
 from .report import BASES, Report, Trace
+from .workers import Workers, digest
 
 CHECKPOINT = "checkpoint.pt"
 TURNS = 24
@@ -34,6 +34,8 @@ VALIDATION_BATCH = 1000
 
 class Runner:
     """Trains every method of a config from equal weights on equal batches.
+
+    Under torchrun all workers train each method together, and worker 0 keeps the log.
 
     Times are measured first: all methods and the model alone take turns, so that ratios are of
     steps that the same machine did under the same load. Then each method trains.
@@ -74,12 +76,17 @@ class Runner:
         self.folder, self.tensorboard, self.resume = log, tensorboard, resume
         self.progress = progress
         self.device = data.train[0].device
+        self.workers = workers_of(config)
+        single = [method for method in config.methods if method.startswith("torch")]
+        if single and self.workers.size > 1:
+            raise ValueError(f"{single[0]} runs in one process: leave it out under torchrun")
         self._steps: dict[str, tuple[nn.Module, Step]] = {}
 
     def run(self) -> Report:
         """Trains, measures and returns the report."""
         state = self._resumed() if self.resume and self.folder else None
-        with Log(self.folder, state["log"] if state else 0, self.tensorboard) as log:
+        folder = None if self.workers.rank else self.folder
+        with Log(folder, state["log"] if state else 0, self.tensorboard) as log:
             if state is None:
                 header = {**environment(self.device), "config": asdict(self.config)}
                 log.write({"kind": "header", **header})
@@ -108,7 +115,7 @@ class Runner:
     def times(self) -> dict[str, list[float]]:
         """Seconds of a step, in turns: of model and loss alone (section 5.2), and of methods."""
         config = self.config
-        x, y = next(batches(self.data.train, config.batch, config.seed))
+        x, y = map(self.workers.part, next(batches(self.data.train, config.batch, config.seed)))
         kinds = {config.compiles(method) for method in config.methods}
         runs: dict[str, Callable[[], Any]] = {
             BASES[compiled]: self._base(compiled, x, y) for compiled in sorted(kinds)
@@ -146,7 +153,7 @@ class Runner:
         losses: list[float] = []
         while done < self.config.iterations and not trace.stopped:
             try:
-                losses.append(float(step(*next(stream))))
+                losses.append(float(step(*map(self.workers.part, next(stream)))))
                 done += 1
                 self.progress(trace.method, 1)
             except NonFiniteError as error:
@@ -157,7 +164,8 @@ class Runner:
                 losses = []
                 if not last:
                     self._save(log, report, (model, step))
-        trace.weights = _digest(model)
+        self.workers.agree({"its weights in the end": digest(model.parameters())})
+        trace.weights = digest(model.state_dict().values())
         end = {"stopped": trace.stopped, "weights": trace.weights}
         log.write({"kind": "end", "method": trace.method, "run": trace.run, **end})
         self._save(log, report)
@@ -204,7 +212,7 @@ class Runner:
         self, log: Log, report: Report, unfinished: tuple[nn.Module, Step] | None = None
     ) -> None:
         """Writes the checkpoint: all of the report, and what the unfinished run needs."""
-        if self.folder is None:
+        if self.folder is None or self.workers.rank:
             return
         current = None
         if unfinished:
@@ -251,6 +259,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "machine": platform.machine(),
         "threads": torch.get_num_threads(),
         "device": device_name(device),
+        "workers": Workers().size,
     }
 
 
@@ -258,13 +267,6 @@ def _attempt(step: Step, x: Tensor, y: Tensor) -> None:
     """A step that is only timed: one that is not finite takes as long."""
     with contextlib.suppress(NonFiniteError):
         step(x, y)
-
-
-def _digest(model: nn.Module) -> str:
-    digest = hashlib.sha256()
-    for x in model.state_dict().values():
-        digest.update(x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _random_state(device: torch.device) -> dict[str, Tensor]:

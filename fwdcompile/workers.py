@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -46,6 +48,18 @@ class Workers:
     def rank(self) -> int:
         """The number of this one, from 0."""
         return dist.get_rank(self.group) if _started() else 0
+
+    def part(self, x: Tensor) -> Tensor:
+        """This worker's part of a batch: every `size`-th example, or all where data is not shared.
+
+        Raises:
+            ValueError: the parts would differ in size.
+        """
+        if self.share != "data" or self.size == 1:
+            return x
+        if len(x) % self.size:
+            raise ValueError(f"{len(x)} examples cannot be shared by {self.size} workers alike")
+        return x[self.rank :: self.size]
 
     def gather(self, numbers: Tensor) -> Tensor:
         """The numbers of all workers.
@@ -102,6 +116,43 @@ class Workers:
     def _device(self) -> torch.device:
         gpus = dist.get_backend(self.group) == "nccl"
         return torch.device("cuda", torch.cuda.current_device()) if gpus else torch.device("cpu")
+
+
+@contextmanager
+def joined(device: str) -> Iterator[str]:
+    """Joins the processes that torchrun started, for as long as a `with` lasts.
+
+    Args:
+        device: "cuda" becomes the GPU that this process has on its machine.
+
+    Yields:
+        The device to use. Without torchrun there is nothing to join.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        yield device
+        return
+    gpu = device.startswith("cuda")
+    if device == "cuda":
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    if gpu:
+        torch.cuda.set_device(device)
+    # torchrun's store outlives a restart, with the addresses of workers that are no more
+    store, rank, size = next(dist.rendezvous("env://"))
+    fresh = dist.PrefixStore(f"start {_restarts()}", store)
+    dist.init_process_group("nccl" if gpu else "gloo", store=fresh, rank=rank, world_size=size)
+    try:
+        yield device
+    finally:
+        dist.destroy_process_group()
+
+
+def restarted() -> bool:
+    """Whether torchrun has started this process anew, after one of the workers failed."""
+    return _restarts() > 0
+
+
+def _restarts() -> int:
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
 def digest(tensors: Iterable[Tensor]) -> str:

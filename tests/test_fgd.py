@@ -277,7 +277,7 @@ def test_directions_are_drawn_again_by_one_compiled_update_for_each_shape() -> N
 
     (fgd, mine), (_, expected) = trained(True), trained(False)
     torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-5)
-    assert len(fgd._redraws) == 4
+    assert len(fgd._redraw._functions) == 4
 
 
 def test_a_step_without_stored_directions_changes_nothing_where_it_is_not_finite() -> None:

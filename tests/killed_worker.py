@@ -1,0 +1,28 @@
+"""The command line, whose worker 1 is killed in the middle of a step the first time it runs."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+
+from torch import Tensor
+
+from fwdcompile.cli import main
+from fwdcompile.workers import Workers, restarted
+
+AT = int(sys.argv.pop(1))
+calls = iter(range(10_000))
+gather = Workers.gather
+
+
+def killed(self: Workers, numbers: Tensor) -> Tensor:
+    if next(calls) == AT and self.rank == 1 and not restarted():
+        print("worker 1 is killed", file=sys.stderr, flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+    return gather(self, numbers)
+
+
+if __name__ == "__main__":
+    Workers.gather = killed  # type: ignore[method-assign]
+    main()
