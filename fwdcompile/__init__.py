@@ -4,14 +4,16 @@ from __future__ import annotations
 
 __version__ = "0.1.0"
 
-from . import rule
+from . import distributed, rule
 from .directions import Directions, Normal, Rademacher, RankOne, Sphere
 from .errors import (
     CaptureError,
     CheckpointError,
     DataError,
     FwdcompileError,
+    HistoryError,
     LossError,
+    MismatchError,
     MissingRuleError,
     NonFiniteError,
     RuleError,
@@ -30,8 +32,10 @@ __all__ = [
     "Forward",
     "ForwardGradient",
     "FwdcompileError",
+    "HistoryError",
     "LossError",
     "Lowered",
+    "MismatchError",
     "MissingRuleError",
     "NonFiniteError",
     "Normal",
@@ -41,6 +45,7 @@ __all__ = [
     "Saved",
     "Sphere",
     "TangentError",
+    "distributed",
     "jvp",
     "load",
     "rule",
