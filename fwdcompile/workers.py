@@ -12,6 +12,8 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from .errors import MismatchError
 
@@ -137,8 +139,8 @@ def joined(device: str) -> Iterator[str]:
     if gpu:
         torch.cuda.set_device(device)
     # torchrun's store outlives a restart, with the addresses of workers that are no more
-    store, rank, size = next(dist.rendezvous("env://"))
-    fresh = dist.PrefixStore(f"start {_restarts()}", store)
+    store, rank, size = next(rendezvous("env://"))
+    fresh = PrefixStore(f"start {_restarts()}", store)
     dist.init_process_group("nccl" if gpu else "gloo", store=fresh, rank=rank, world_size=size)
     try:
         yield device
