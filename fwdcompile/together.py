@@ -93,7 +93,8 @@ class Together(Stepper):
         self._written: Layout | None = None
         self._part: Part | None = None
         self._layouts: dict[Plan, Layout] = {}
-        self._along = Redraw(self.directions, self._compiled)
+        self._keys: dict[tuple[int, int], Callable[[Tensor, Tensor], Tensor]] = {}
+        self._redraw = Redraw(self.directions, self._compiled)
         self._homes = state_homes(self.objective)
         self._unchecked = True
         if workers.share == "directions":
@@ -138,7 +139,9 @@ class Together(Stepper):
             The loss of this part.
         """
         plan, leaves = self._plan(inputs, kwargs)
-        layout = self._layouts.setdefault(plan, Layout.of(plan.lowered))
+        if plan not in self._layouts:
+            self._layouts[plan] = Layout.of(plan.lowered)
+        layout = self._layouts[plan]
         tensors = plan.tensors(leaves)
         buffers, changed = plan.written(leaves)
         part = self._part
@@ -232,7 +235,7 @@ class Together(Stepper):
     ) -> None:
         """Adds the directions of this step times `moves` to the target of each parameter."""
         device = self._seed.device
-        keys = stream_keys(self._seed, self._step, len(moves[0]), len(layout.parameters))
+        keys = self._keys_of(len(moves[0]), len(layout.parameters))(self._seed, self._step)
         placed = [each.to(device) for each in moves]
         for number, (name, which) in enumerate(layout.parameters):
             if which is not None:
@@ -240,7 +243,17 @@ class Together(Stepper):
                 own = torch.split(keys[:, number], self.samples)
                 factors = torch.split(placed[which], self.samples)
                 for some, theirs in zip(own, factors, strict=True):
-                    self._along(x, some, theirs)
+                    self._redraw(x, some, theirs)
+
+    def _keys_of(self, count: int, parameters: int) -> Callable[[Tensor, Tensor], Tensor]:
+        """The function from seed and step to the keys of all directions."""
+        if (count, parameters) not in self._keys:
+
+            def keys(seed: Tensor, step: Tensor) -> Tensor:
+                return stream_keys(seed, step, count, parameters)
+
+            self._keys[count, parameters] = self._compiled(keys)
+        return self._keys[count, parameters]
 
     def _header(self) -> Record:
         """What has to be equal for a history to be replayed."""
