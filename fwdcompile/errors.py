@@ -37,3 +37,7 @@ class DataError(FwdcompileError, ValueError):
 
 class CheckpointError(FwdcompileError, OSError):
     """A checkpoint cannot be written or read, or belongs to another comparison."""
+
+
+class ExportError(FwdcompileError):
+    """A training step cannot be written for an engine: it has no form of an op, say."""
