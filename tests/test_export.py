@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -231,6 +232,21 @@ def test_onnxruntime_trains_on_the_digits_without_torch(digits: Path) -> None:
     done = subprocess.run([sys.executable, "-c", script, str(digits)], cwd=EXAMPLES,
                           capture_output=True, text=True, check=True)  # fmt: skip
     np.testing.assert_allclose(json.loads(done.stdout), losses_of_digits(60), rtol=2e-5)
+
+
+def test_the_lines_of_the_readme_train(
+    digits: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    readme = (EXAMPLES.parent / "README.md").read_text()
+    (lines,) = re.findall(
+        r"```python\n(import numpy as np, onnxruntime\n.*?)```", readme, re.DOTALL
+    )
+    text = lines.replace("tensors.npz", "arguments.npz").replace('"x":', '"input":')
+    images, labels = (np.load(digits / "digits.npz")[name] for name in ("images", "labels"))
+    monkeypatch.chdir(digits)
+    exec(text, {"batches": [(images[i : i + 64], labels[i : i + 64]) for i in (0, 64, 128)]})
+    losses = [float(line) for line in capsys.readouterr().out.split()]
+    np.testing.assert_allclose(losses, losses_of_digits(3), rtol=2e-5)
 
 
 def test_onnx_refuses_another_batch_size(digits: Path) -> None:
