@@ -38,30 +38,31 @@ PROGRAM, PACKAGE, MODEL = "program.pt2", "package.pt2", "model.onnx"
 COMPILED = "FGD, compiled"
 
 
-def onnx_step(path: Path, tensors: dict[str, Tensor]) -> Run:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = THREADS
-    session = onnxruntime.InferenceSession(path, options)
-    arrays = {name: x.numpy() for name, x in tensors.items()}
-    changed = list(arrays)[: len(session.get_outputs()) - 2]
+class OnnxStep:
+    """A step by onnxruntime."""
 
-    def run() -> None:
-        _, _, *new = session.run(None, arrays)
-        arrays.update(zip(changed, new, strict=True))
+    def __init__(self, path: Path, tensors: dict[str, Tensor]) -> None:
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = THREADS
+        self.session = onnxruntime.InferenceSession(path, options)
+        self.arrays = {name: x.numpy() for name, x in tensors.items()}
+        self.changed = list(self.arrays)[: len(self.session.get_outputs()) - 2]
 
-    return run
+    def __call__(self) -> None:
+        _, _, *new = self.session.run(None, self.arrays)
+        self.arrays.update(zip(self.changed, new, strict=True))
 
 
-def package_step(path: Path, tensors: dict[str, Tensor]) -> Run:
-    """By the loader that a C++ program calls."""
-    loader = torch._inductor.aoti_load_package(str(path)).loader
-    arguments = list(tensors.values())
+class PackageStep:
+    """A step by the loader that a C++ program calls."""
 
-    def run() -> None:
-        _, _, *new = loader.run(arguments)
-        arguments[: len(new)] = new
+    def __init__(self, path: Path, tensors: dict[str, Tensor]) -> None:
+        self.loader = torch._inductor.aoti_load_package(str(path)).loader
+        self.arguments = list(tensors.values())
 
-    return run
+    def __call__(self) -> None:
+        _, _, *new = self.loader.run(self.arguments)
+        self.arguments[: len(new)] = new
 
 
 def measure(work: Work, directions: fwdcompile.Directions, pairs: int) -> dict[str, Any]:
@@ -81,8 +82,8 @@ def measure(work: Work, directions: fwdcompile.Directions, pairs: int) -> dict[s
         tensors = eager.export(paths[PACKAGE], x, y, to="inductor")
         eager.export(paths[MODEL], x, y, to="onnx")
         runs: dict[str, Run] = {
-            "onnxruntime": onnx_step(paths[MODEL], tensors),
-            "AOTInductor": package_step(paths[PACKAGE], tensors),
+            "onnxruntime": OnnxStep(paths[MODEL], tensors),
+            "AOTInductor": PackageStep(paths[PACKAGE], tensors),
             COMPILED: lambda: compiled.step(x, y),
             "FGD, eager": lambda: eager.step(x, y),
         }

@@ -111,8 +111,19 @@ def test_fixed_parameters_are_read_and_what_is_not_finite_changes_nothing(tmp_pa
         assert torch.equal(out[f"new.{name}"], tensors[name])
 
 
-def test_a_program_refuses_another_batch_size(tmp_path: Path) -> None:
+def test_a_program_needs_torch_alone_and_refuses_another_batch_size(tmp_path: Path) -> None:
     tensors = fgd_of(nn.Linear(6, 3)).export(tmp_path / "step.pt2", X, Y)
+    torch.save(tensors, tmp_path / "tensors.pt")
+    script = (
+        "import sys, torch\n"
+        "out = torch.export.load('step.pt2').module()(torch.load('tensors.pt'))\n"
+        "assert 'fwdcompile' not in sys.modules\n"
+        "print(float(out['loss']))"
+    )
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], cwd=tmp_path,
+                          capture_output=True, text=True, check=True)  # fmt: skip
+    loss = F.cross_entropy(F.linear(X, tensors["weight"], tensors["bias"]), Y)
+    assert float(done.stdout) == pytest.approx(float(loss))
     with pytest.raises(AssertionError, match=r"\['input'\].size\(\)\[0\] == 16"):
         in_torch(tmp_path / "step.pt2")(tensors | {"input": X[:5], "target": Y[:5]})
 

@@ -10,6 +10,7 @@
 
 #include <cstdio>
 #include <cstdlib>
+#include <exception>
 #include <fstream>
 #include <iterator>
 #include <string>
@@ -54,8 +55,8 @@ int main(int argc, char** argv) {
   setenv("AOTI_RUNTIME_CHECK_INPUTS", "1", 1);
   try {
     train(argv[1], argc > 2 ? std::atoll(argv[2]) : 2000);
-  } catch (const c10::Error& error) {
-    std::fprintf(stderr, "%s\n", error.what_without_backtrace());
+  } catch (const std::exception& error) {
+    std::fprintf(stderr, "%s\n", error.what());
     return 1;
   }
 }
