@@ -328,6 +328,14 @@ def test_bad_requests_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.compiled
 def test_a_cpp_program_trains_on_the_digits(tmp_path: Path) -> None:
     export_step.main(tmp_path, "inductor")
+    package = torch._inductor.aoti_load_package(str(tmp_path / "step.pt2"))
+    interface = json.loads(package.loader.get_metadata()["fwdcompile"])
+    assert [entry["name"] for entry in interface["inputs"]][-4:] == [
+        "input",
+        "target",
+        "seed",
+        "lr",
+    ]
     cmake = Path(sys.executable).with_name("cmake")
     build = tmp_path / "build"
     prefix = f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}"
