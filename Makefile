@@ -11,7 +11,7 @@ WORKERS ?= 2
 BENCH_ARGS ?=
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-all lint golden bench bench-memory bench-attention bench-capture clean coverage zoo beyond-torch
+.PHONY: demo test test-all lint golden bench bench-memory bench-attention bench-capture bench-without-torch clean coverage zoo beyond-torch
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -68,6 +68,12 @@ bench-attention: .venv/installed
 
 bench-capture: .venv/installed
 	$(BIN)/python benchmarks/capture.py
+
+bench-without-torch: export OMP_NUM_THREADS = 2
+bench-without-torch: export MALLOC_TRIM_THRESHOLD_ = 4000000000
+bench-without-torch: export MALLOC_MMAP_THRESHOLD_ = 33554432
+bench-without-torch: .venv/installed
+	$(BIN)/python benchmarks/without_torch.py
 
 clean:
 	rm -rf .venv build dist *.egg-info runs

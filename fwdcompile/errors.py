@@ -45,3 +45,7 @@ class MismatchError(FwdcompileError, ValueError):
 
 class HistoryError(FwdcompileError, ValueError):
     """A history of steps is damaged, cut short, or of another run."""
+
+
+class ExportError(FwdcompileError):
+    """A training step cannot be written for an engine: it has no form of an op, say."""

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from .activity import ActivityForward, check_examples
+from .binding import call_values
 from .directions import Directions, Normal, RankOne, Sphere, scaled, stream_keys
+from .export import Engine, export
 from .forward import Lowered
 from .parts import Model
 from .program import outputs_reached
@@ -108,6 +111,38 @@ class FGD(Stepper):
                     self._redraw(parameter, keys[:, number], factors)
         return loss.clone() if self._mode == "reduce-overhead" else loss
 
+    def export(
+        self, path: str | Path, *inputs: Any, to: Engine = "torch", **kwargs: Any
+    ) -> dict[str, Tensor]:
+        """Writes a step to a file that runs without fwdcompile; docs/export.md has its interface.
+
+        Args:
+            path: of the file.
+            inputs: as of `step`. The file serves their shapes, and with `dynamic` all batch sizes
+                from 2.
+            to: "torch", a program that `torch.export.load` reads; "inductor", one compiled for this
+                machine, which C++ runs, too; "onnx", for inference engines such as onnxruntime.
+            kwargs: as of `step`.
+
+        Returns:
+            What the exported step takes, by name and in order: the state as it is now, `step`, the
+            inputs, `seed`, and `lr`, the rate of this one step: a decay is the caller's business.
+
+        Raises:
+            ExportError: the engine has no form of an op (the message names the user's line), or two
+                tensors would have one name.
+
+        Example:
+            >>> tensors = fgd.export("step.pt2", x, target)
+            >>> out = torch.export.load("step.pt2").module()(tensors)
+            >>> out["loss"], out["new.fc1.weight"]
+        """
+        lowered = self._forward.lower(*inputs, **self._asked(), **kwargs)
+        self._check(lowered)
+        values, _ = call_values(self.objective, inputs, kwargs)
+        own = {"seed": self._seed, "step": self._step, "lr": self._lr.new_tensor(self.lr)}
+        return export(path, lowered, self._update(lowered, store=True), values, own, to)
+
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed run needs beside the model: iteration, seed, learning rate, decay."""
         return super().state_dict() | {"lr": float(self._lr), "decay": float(self._decay)}
@@ -119,16 +154,25 @@ class FGD(Stepper):
         self._decay.fill_(state["decay"])
 
     def _body(self, lowered: Lowered) -> Callable[..., Any]:
-        kinds, reached = kinds_of(lowered), outputs_reached(lowered.program)
+        update = self._update(lowered, self._store_directions)
 
         def step(tensors: Any, seed: Tensor, count: Tensor, lr: Tensor, decay: Tensor) -> Any:
+            return update(tensors, seed, count, lr * torch.exp(-decay * count))
+
+        return step
+
+    def _update(self, lowered: Lowered, store: bool) -> Callable[..., Any]:
+        """A step at a given rate; without stored directions it leaves the moves to `_redraw`."""
+        kinds, reached = kinds_of(lowered), outputs_reached(lowered.program)
+
+        def update(tensors: Any, seed: Tensor, count: Tensor, lr: Tensor) -> Any:
             loss, finite, trained, drawn, slopes, _ = self._estimate(
                 lowered, kinds, tensors, seed, count
             )
-            rate = -lr * torch.exp(-decay * count) / self.samples
+            rate = -lr / self.samples
             weights = self._weights(slopes, drawn, reached)
             moves = {names: torch.where(finite, rate * w, 0.0) for names, w in weights.items()}
-            if not self._store_directions:
+            if not store:
                 each = [moves.get(reached[name]) for name in trained]
                 return loss, finite, each, stream_keys(seed, count, self.samples, len(trained))
             for name, parameter in trained.items():
@@ -136,7 +180,7 @@ class FGD(Stepper):
                     move(parameter, [dots[name] for dots in drawn], moves[names])
             return loss, finite
 
-        return step
+        return update
 
 
 class ForwardGradient(Stepper):

@@ -12,6 +12,7 @@ import pytest
 import results
 import step
 import torch
+import without_torch
 from plots import main as plot
 from steps import LR, PEERS, STEPS, forward_ad_slope
 from torch import Tensor, nn
@@ -237,3 +238,21 @@ def test_memory_of_backprop_in_a_fresh_process_holds_its_gradients() -> None:
     found = memory.fresh("mlp-depth-1", "backprop", 64, "cpu", "float32")
     assert found["parameters"] == 4 * (784 * 1024 + 1024 * 10)
     assert found["parameters"] < found["peak"] < 2.5 * found["parameters"]
+
+
+def test_engines_go_on_from_the_state_that_a_step_gave(tmp_path: Path) -> None:
+    problem = tiny(torch.float32)
+    fgd = fwdcompile.FGD(problem.model, cross_entropy, lr=0.1, compile=False)
+    tensors = fgd.export(tmp_path / "step.onnx", problem.x, problem.y, to="onnx")
+    run = without_torch.OnnxStep(tmp_path / "step.onnx", tensors)
+    for _ in range(3):
+        run()
+        fgd.step(problem.x, problem.y)
+    for name, p in problem.model.named_parameters():
+        torch.testing.assert_close(torch.as_tensor(run.arrays[name]), p.detach())
+
+
+def test_the_size_of_a_package_counts_its_files_and_what_it_requires() -> None:
+    sizes = without_torch.installed("onnxruntime")
+    numpy = without_torch.installed("numpy")["alone"]
+    assert sizes["with what it requires"] >= sizes["alone"] + numpy > numpy > 10 * MIB
