@@ -36,6 +36,7 @@ DIRECTIONS = {
 }
 PROGRAM, PACKAGE, MODEL = "program.pt2", "package.pt2", "model.onnx"
 COMPILED = "FGD, compiled"
+STEPS = 10  # a turn, at least
 
 
 class OnnxStep:
@@ -87,7 +88,8 @@ def measure(work: Work, directions: fwdcompile.Directions, pairs: int) -> dict[s
             COMPILED: lambda: compiled.step(x, y),
             "FGD, eager": lambda: eager.step(x, y),
         }
-        turns = take_turns(runs, work.inner, CPU, pairs)
+        # onnxruntime's threads wait by spinning, and would slow down whoever comes next
+        turns = take_turns(runs, max(work.inner, STEPS), CPU, pairs, pause=0.05)
         files = {name: path.stat().st_size for name, path in paths.items()}
     cells = {
         name: {"ms": 1e3 * statistics.median(turns[name]), "ratio": ratio(turns, name, COMPILED)}

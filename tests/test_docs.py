@@ -12,8 +12,11 @@ from typing import Any
 import attention
 import beyond_torch
 import capture
+import distributed
 import pytest
+import scaling
 import torch
+import without_torch
 import zoo
 from coverage_page import page
 
@@ -87,6 +90,9 @@ def test_coverage_page_has_the_rows_of_the_table() -> None:
         (zoo, "zoo-cpu.json", "docs/models.md"),
         (capture, "capture-cpu.json", "docs/results/capture-cpu.md"),
         (attention, "attention-cpu.json", "docs/results/attention-cpu.md"),
+        (distributed, "distributed-cpu.json", "docs/results/distributed-cpu.md"),
+        (scaling, "scaling.json", "docs/results/scaling.md"),
+        (without_torch, "without-torch-cpu.json", "docs/results/without-torch-cpu.md"),
     ],
     ids=lambda x: x if isinstance(x, str) else "",
 )
