@@ -46,7 +46,8 @@ class Runner:
         config: the comparison.
         log: a directory for `log.jsonl` (a header, the times, a line for each look at the
             validation set and each end of a run, a line for each method's result) and
-            `checkpoint.pt`, which is written at each look; None writes nothing.
+            `checkpoint.pt`, which is written at each look; None writes nothing. Where a run goes on
+            under other versions or hardware, a line "resumed" has them: its bits may differ.
         tensorboard: writes TensorBoard's event files there, too.
         resume: goes on from the checkpoint there, to the very weights of a run that was never
             stopped, given as many threads; begins where there is none.
@@ -95,6 +96,8 @@ class Runner:
                     log.write({"kind": "time", "method": name, "seconds": seconds})
                 self._save(log, report)
             else:
+                if (now := environment(self.device)) != state.get("environment", now):
+                    log.write({"kind": "resumed", **now})
                 report = Report(self.config, state["turns"], [Trace(**t) for t in state["traces"]])
             self._go_on(report, state["current"] if state else None, log)
             for row in report.rows():
@@ -220,6 +223,7 @@ class Runner:
             current = {"model": model.state_dict(), "step": step.state_dict()}
             current["random"] = _random_state(self.device)
         state = self._identity() | {
+            "environment": environment(self.device),
             "turns": report.turns,
             "traces": [asdict(trace) for trace in report.traces],
             "current": current,
@@ -254,7 +258,7 @@ def environment(device: torch.device) -> dict[str, Any]:
     """Versions and hardware, for the first line of a log."""
     return {
         "fwdcompile": __version__,
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "python": platform.python_version(),
         "machine": platform.machine(),
         "threads": torch.get_num_threads(),

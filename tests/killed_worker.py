@@ -1,17 +1,17 @@
-"""The command line, whose worker 1 is killed in the middle of a step the first time it runs."""
+"""Runs a script or a module whose worker 1 is killed in the middle of a step, the first time."""
 
 from __future__ import annotations
 
 import os
+import runpy
 import signal
 import sys
 
 from torch import Tensor
 
-from fwdcompile.cli import main
 from fwdcompile.workers import Workers, restarted
 
-AT = int(sys.argv.pop(1))
+AT, TARGET = int(sys.argv.pop(1)), sys.argv.pop(1)
 calls = iter(range(10_000))
 gather = Workers.gather
 
@@ -25,4 +25,5 @@ def killed(self: Workers, numbers: Tensor) -> Tensor:
 
 if __name__ == "__main__":
     Workers.gather = killed  # type: ignore[method-assign]
-    main()
+    run = runpy.run_path if TARGET.endswith(".py") else runpy.run_module
+    run(TARGET, run_name="__main__")

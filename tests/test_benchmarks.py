@@ -7,9 +7,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import distributed
 import memory
 import pytest
 import results
+import scaling
 import step
 import torch
 import without_torch
@@ -23,6 +25,7 @@ import fwdcompile
 from fwdcompile.objective import Objective
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).parents[1]
 FGD = [name for name in STEPS if name.startswith("fgd ")]
 EAGER = [*FGD, "backprop", "backprop-checkpointed", "torch-jvp", "forward-ad"]
 MIB = 2**20
@@ -256,3 +259,40 @@ def test_the_size_of_a_package_counts_its_files_and_what_it_requires() -> None:
     sizes = without_torch.installed("onnxruntime")
     numpy = without_torch.installed("numpy")["alone"]
     assert sizes["with what it requires"] >= sizes["alone"] + numpy > numpy > 10 * MIB
+
+
+def test_a_step_of_many_workers_on_paper() -> None:
+    """Ten times the parameters are ten times the bytes of an all-reduce, and none of a gather."""
+    ddp, normal, rank_one = scaling.METHODS
+    assert scaling.sent(ddp, 1e6, 2) == 4e6
+    assert scaling.sent(ddp, 1e7, 8) == 10 * scaling.sent(ddp, 1e6, 8)
+    assert scaling.sent(normal, 1e7, 8) == scaling.sent(normal, 1e6, 8) == 7 * 48
+    idle = scaling.Machine(operations=1e30, memory=1e30, latency=0.0)
+    assert scaling.seconds(ddp, 1e6, 2, 1e9, idle) == pytest.approx(4e-3)
+    assert scaling.seconds(rank_one, 1e6, 2, 48e3, idle) == pytest.approx(1e-3)
+    busy = scaling.Machine(operations=2e6, memory=1e30, examples=1, latency=0.0)
+    times = [scaling.seconds(m, 1e6, 1, 1e30, busy) for m in scaling.METHODS]
+    assert times == pytest.approx([3.0, 3.0, 2.0])
+
+
+def test_the_bytes_that_were_measured_are_those_of_the_formula() -> None:
+    """Within what gloo says of its own: some 300 bytes a message."""
+    result = json.loads((ROOT / "docs/results/distributed-cpu.json").read_text())
+    checked = scaling.checks(result["entries"])
+    assert len(checked) == 12
+    for check in checked:
+        assert 0 <= check["bytes"] - check["bytes predicted"] < 15_000
+
+
+@linux
+def test_methods_of_the_benchmark_of_workers_step_in_one_process(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(distributed.BATCH, "logistic-regression", 4)
+    monkeypatch.setitem(distributed.COMPILED, "logistic-regression", False)
+    made = distributed.runs("logistic-regression")
+    expected = ["ddp", "backprop alone", "fgd normal", "fgd normal alone"]
+    assert [*made] == [*expected, "fgd rank-one", "fgd rank-one alone"]
+    for run in made.values():
+        run()
+    assert distributed.written(lambda: None) < 1000

@@ -272,6 +272,20 @@ def test_a_checkpoint_of_another_comparison_is_refused(tmp_path: Path) -> None:
     assert read(tmp_path)[0]["config"]["lr"] == 0.5
 
 
+def test_a_run_that_goes_on_under_other_conditions_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compare(settings(methods=("backprop",)), log=tmp_path)
+    compare(settings(methods=("backprop",)), log=tmp_path, resume=True)
+    assert not [line for line in read(tmp_path) if line["kind"] == "resumed"]
+    monkeypatch.setattr("fwdcompile.runner.__version__", "9.9")
+    compare(settings(methods=("backprop",)), log=tmp_path, resume=True)
+    (line,) = [line for line in read(tmp_path) if line["kind"] == "resumed"]
+    assert line["fwdcompile"] == "9.9"
+    assert line["threads"] == torch.get_num_threads()
+    assert Report.read(tmp_path / "log.jsonl").traces[0].iterations == [0, 10, 20, 25]
+
+
 def test_a_full_disk_leaves_the_last_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

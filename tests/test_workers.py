@@ -11,6 +11,7 @@ from torch import nn
 
 from fwdcompile.config import Config
 from fwdcompile.data import load
+from fwdcompile.history import read as read_history
 from fwdcompile.log import read
 from fwdcompile.models import MODELS
 from fwdcompile.runner import Runner
@@ -67,7 +68,7 @@ def test_a_killed_worker_is_started_anew_and_ends_with_the_same_weights(
 ) -> None:
     """Three steps to warm up and 24 turns come first; the kill falls between two checkpoints."""
     at = 2 * 27 + 15
-    arguments = [str(HERE / "killed_worker.py"), str(at), *TRAIN]
+    arguments = [str(HERE / "killed_worker.py"), str(at), "fwdcompile", *TRAIN]
     arguments += ["--methods", "fgd,fgd:optimizer=adam", "--out", str(tmp_path)]
     done = torchrun(*arguments, restarts=1)
     assert done.returncode == 0, done.stderr
@@ -77,6 +78,25 @@ def test_a_killed_worker_is_started_anew_and_ends_with_the_same_weights(
     assert mine == {method: theirs[method] for method in mine}
     looks = [line["iteration"] for line in records(tmp_path, "step") if line["method"] == "fgd"]
     assert looks == [0, 10, 20, 30]
+
+
+def test_a_restart_replays_the_history_behind_the_last_checkpoint(tmp_path: Path) -> None:
+    """The kill falls behind step 25: the checkpoint has 20, the history the others."""
+    script, killed = HERE.parent / "examples/many_workers.py", HERE / "killed_worker.py"
+    options = ["--steps", "40", "--every", "20"]
+    through, stopped = tmp_path / "through", tmp_path / "stopped"
+    done = torchrun(str(script), *options, "--out", str(through))
+    assert done.returncode == 0, done.stderr
+    again = torchrun(str(killed), "25", str(script), *options, "--out", str(stopped), restarts=1)
+    assert again.returncode == 0, again.stderr
+    assert again.stderr.count("worker 1 is killed") == 1
+    assert again.stdout == f"went on at 25, {done.stdout}"
+    assert done.stdout.startswith("40 steps, accuracy 0.")
+    assert moves(stopped) == moves(through)
+
+
+def moves(folder: Path) -> list[Any]:
+    return [record for record in read_history(folder / "history") if "m" in record]
 
 
 def test_one_process_is_a_worker_alone() -> None:
