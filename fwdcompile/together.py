@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -17,50 +16,13 @@ from .directions import Sphere, stream_keys
 from .errors import HistoryError, MismatchError
 from .forward import Lowered
 from .history import History, Record, check_header, read
-from .program import outputs_reached
+from .layout import Layout
 from .redraw import Redraw
-from .stepper import Plan, Stepper, by_losses, kinds_of
+from .stepper import Plan, Stepper, kinds_of
 from .workers import Workers, digest
 
 _FORMAT = 1
 _BITS = 48  # of a digest, that a float64 holds without rounding
-
-
-@dataclass(frozen=True)
-class Layout:
-    """What a program's parameters have to do with its losses.
-
-    Attributes:
-        losses: those with a slope, by name.
-        sets: the sets of losses that some parameter can move.
-        parameters: in the order of their keys, each with the number of its set, or None.
-    """
-
-    losses: tuple[str, ...]
-    sets: tuple[tuple[str, ...], ...]
-    parameters: tuple[tuple[str, int | None], ...]
-
-    @staticmethod
-    def of(lowered: Lowered) -> Layout:
-        """The layout of a generated program."""
-        program = lowered.program
-        reached = outputs_reached(program)
-        moved = {slot.name for slot in program.outputs if slot.kind == "tangent"}
-        losses = [s.name for s in program.outputs if s.kind == "output" and s.name in moved]
-        sets = tuple(dict.fromkeys(names for names in reached.values() if names))
-        numbers = {names: number for number, names in enumerate(sets)}
-        parameters = [(name, numbers.get(reached[name])) for name in kinds_of(lowered)]
-        return Layout(tuple(losses), sets, tuple(parameters))
-
-    @property
-    def fingerprint(self) -> int:
-        """Tells layouts apart."""
-        return zlib.crc32(repr(self).encode())
-
-    def moves(self, each: Tensor) -> list[Tensor]:
-        """Numbers `[losses, G]`, one row for each loss, summed for each set of losses: `[G]`."""
-        rows = dict(zip(self.losses, each, strict=True))
-        return list(by_losses(rows, {str(i): names for i, names in enumerate(self.sets)}).values())
 
 
 @dataclass
@@ -74,6 +36,11 @@ class Part:
     finite: bool
     count: int = 1
     before: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def undo(self) -> None:
+        """Gives buffers and inputs the values that they had before the step."""
+        for x, old in self.before.values():
+            x.copy_(old)
 
 
 class Together(Stepper):
@@ -188,12 +155,13 @@ class Together(Stepper):
         told = torch.tensor([*head, part.finite], dtype=torch.float64, device=numbers.device)
         loss = part.loss[None] / part.count
         rows = self.workers.gather(torch.cat([told, loss, numbers.flatten()]))
-        self._compare(rows)
-        self._unchecked = False
         finite = rows[:, 3] > 0
-        if not part.finite or (self.nonfinite == "raise" and not finite.all()):
-            for x, old in part.before.values():
-                x.copy_(old)
+        alike = bool((rows[:, :3] == rows[0, :3]).all())
+        if not (alike and part.finite and (finite.all() or self.nonfinite == "skip")):
+            part.undo()
+        if not alike:
+            self._refuse(rows)
+        self._unchecked = False
         if self.nonfinite == "raise" and not finite.all():
             where = (~finite).nonzero().flatten().tolist()
             raise self._refusal(rows[where[0], 4], f", worker {', '.join(map(str, where))}")
@@ -213,14 +181,12 @@ class Together(Stepper):
         slopes = each.sum(0).view(losses, -1)
         return torch.stack([self._weigh(slope, mixing) for slope in slopes]) / self.samples
 
-    def _compare(self, rows: Tensor) -> None:
-        """Refuses workers that have come apart, before anything moves."""
-        for column, what in enumerate(("iteration", "program", "weights")):
-            if (rows[:, column] != rows[0, column]).any():
-                if what == "weights":
-                    each = {f"parameter {n}": digest([self._parameter(n)]) for n in self._names()}
-                    self.workers.agree(each | {"seed": int(self._seed)})
-                raise MismatchError(f"workers differ in their {what}: {rows[:, column].tolist()}")
+    def _refuse(self, rows: Tensor) -> NoReturn:
+        """Says in what workers have come apart."""
+        each: dict[str, Any] = {"its iteration": self.iteration, "the seed": int(self._seed)}
+        each |= {f"parameter {name}": digest([self._parameter(name)]) for name in self._names()}
+        self.workers.agree(each)
+        raise MismatchError(f"workers run programs of other parameters: {rows[:, 1].tolist()}")
 
     def _names(self) -> list[str]:
         """The parameters that train, by all of their names."""

@@ -273,24 +273,48 @@ def test_unlike_workers_are_refused(pair: Crew, what: str, told: str) -> None:
         assert told in message
 
 
-def apart(rank: int) -> str:
-    net = model()
+def apart(rank: int, what: str) -> Any:
+    net = model(Normed)
     fgd = together(net, check_every=3)
     for _ in range(3):
         fgd.step(*parts(rank))
-        if rank:
+        if rank and what == "weights":
             with torch.no_grad():
-                net.fc1.weight += 1e-9
+                net.fc.weight += 1e-9
+    if rank and what == "iteration":
+        fgd.load_state_dict(fgd.state_dict() | {"iteration": 6})
+    if rank and what == "program":
+        net.out.bias.requires_grad_(False)
+        fgd = together(net, check_every=3, workers=Alone())
+        fgd.load_state_dict(fgd.state_dict() | {"iteration": 3})
+    before = state(net)
     try:
         fgd.step(*parts(rank))
     except MismatchError as error:
+        torch.testing.assert_close(state(net), before, rtol=0, atol=0)
         return str(error)
     return "went on"
 
 
-def test_workers_that_come_apart_are_found(pair: Crew) -> None:
-    for message in pair(apart):
-        assert "worker 1 differs from worker 0 in parameter fc1.weight" in message
+class Alone(Workers):
+    """A worker that asks nobody whether all agree at the start."""
+
+    def agree(self, what: Any) -> None:
+        if "parameter names" not in what:
+            super().agree(what)
+
+
+@pytest.mark.parametrize(
+    ("what", "told"),
+    [
+        ("weights", "worker 1 differs from worker 0 in parameter fc.weight"),
+        ("iteration", "in its iteration: 6 there, 3 here"),
+        ("program", "in parameter out.bias: None there"),
+    ],
+)
+def test_workers_that_come_apart_are_found(pair: Crew, what: str, told: str) -> None:
+    for message in pair(apart, what):
+        assert told in message
 
 
 def recorded(rank: int, path: Path, share: str, steps: int) -> dict[str, Tensor]:
