@@ -121,5 +121,13 @@ def test_readme_has_the_tables_of_the_papers_experiments(results: str) -> None:
     assert f"\n\n{table}\n\n" in (ROOT / "README.md").read_text()
 
 
+def test_readme_has_the_bytes_that_were_measured() -> None:
+    result = json.loads((ROOT / "docs/results/distributed-cpu.json").read_text())
+    (entry,) = [e for e in result["entries"] if (e["work"], e["workers"]) == ("mlp", 2)]
+    text = " ".join((ROOT / "README.md").read_text().split())
+    assert f"each sends {entry['bytes']['fgd rank-one']:.0f} bytes a step" in text
+    assert f"and {entry['bytes']['ddp']:,.0f} by DistributedDataParallel" in text
+
+
 def _dense(text: str) -> str:
     return re.sub(r"\s", "", text)
