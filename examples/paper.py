@@ -10,6 +10,7 @@ Writes `docs/results/paper/`: a picture of each figure, the raw numbers as JSON 
 
 from __future__ import annotations
 
+import math
 import statistics
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from tuning import bare
 
 from fwdcompile import models
 from fwdcompile.log import read
-from fwdcompile.report import Report
+from fwdcompile.report import Report, Trace
 
 # The same with a rate for each method that the same search found: the paper has none of these
 TUNED = (
@@ -112,20 +113,30 @@ def measures_of(experiment: Experiment, report: Report) -> list[str]:
 
 
 def losses_of(experiment: Experiment, report: Report) -> list[str]:
-    """Means over runs of what each method ends with, and the lowest point of its mean curve."""
+    """Means over runs of what each method ends with, and the lowest point of its mean curve.
+
+    Runs that left the finite numbers are counted; they have no end to take a mean over.
+    """
     lines = []
     for row in report.rows():
         traces = report.of(row.method)
-        ends = [trace.validation_loss[-1] for trace in traces]
-        lowest = min(report.mean_curve(row.method)[1])
+        whole = [trace for trace in traces if not trace.stopped]
+        ends = [trace.validation_loss[-1] for trace in whole]
         spread = statistics.stdev(ends) if len(ends) > 1 else 0.0
-        rate = report.config.of(row.method)[1].lr
+        means = [statistics.fmean(x) if x else math.nan for x in (ends, accuracies(whole))]
+        lowest = min(report.mean_curve(row.method)[1])
+        stopped = f", {len(traces) - len(whole)} not finite" if len(whole) < len(traces) else ""
         lines.append(
-            f"| {experiment.name} | {LABELS[bare(row.method)]} | {rate:g} | "
-            f"{report.config.iterations} | {len(traces)} | {lowest:.4f} | "
-            f"{row.validation_loss:.4f} | {spread:.4f} | {row.accuracy:.4f} | {row.ms:.2f} |"
+            f"| {experiment.name} | {LABELS[bare(row.method)]} | "
+            f"{report.config.of(row.method)[1].lr:g} | {report.config.iterations} | "
+            f"{len(traces)}{stopped} | {lowest:.4f} | {means[0]:.4f} | {spread:.4f} | "
+            f"{means[1]:.4f} | {row.ms:.2f} |"
         )
     return lines
+
+
+def accuracies(traces: list[Trace]) -> list[float]:
+    return [trace.accuracy[-1] for trace in traces]
 
 
 def cells(*numbers: float | None) -> str:
