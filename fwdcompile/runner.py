@@ -237,6 +237,7 @@ class Runner:
         state = checkpoint.load(self.folder / CHECKPOINT)
         if state is None:
             return None
+        state["comparison"] = asdict(Config()) | state["comparison"]  # of before a setting was new
         for name, mine in self._identity().items():
             for key, value in mine.items():
                 if state[name].get(key) != value:

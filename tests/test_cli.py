@@ -71,14 +71,15 @@ def test_train_takes_every_option(tmp_path: Path, capsys: pytest.CaptureFixture[
     options = ["--batch", "8", "--lr", "0.5", "--decay", "0.25", "--runs", "2", "--seed", "7",
                "--directions", "rademacher", "--rank-one", "--samples", "3", "--device", "cpu",
                "--mode", "max-autotune", "--skip-nonfinite", "--tensorboard", "--resume",
-               "--perturb", "activations", "--optimizer", "adam", "--clip", "9"]  # fmt: skip
+               "--perturb", "activations", "--optimizer", "adam", "--clip", "9",
+               "--share", "directions"]  # fmt: skip
     run(*TRAIN, "--methods", "fgd", "--out", str(tmp_path), *options, capsys=capsys)
     config = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[0])["config"]
     assert config == {
         "methods": ["fgd"], "iterations": 4, "batch": 8, "lr": 0.5, "decay": 0.25, "runs": 2,
         "seed": 7, "directions": "rademacher", "rank_one": True, "samples": 3, "every": 2,
         "perturb": "activations", "optimizer": "adam", "clip": 9.0,
-        "compile": False, "mode": "max-autotune", "skip_nonfinite": True,
+        "compile": False, "mode": "max-autotune", "skip_nonfinite": True, "share": "directions",
     }  # fmt: skip
     assert len(list(tmp_path.glob("events*"))) == 1
 

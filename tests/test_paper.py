@@ -89,6 +89,16 @@ def test_the_table_has_the_papers_measures(tmp_path: Path) -> None:
     assert "mlp" not in page
 
 
+def test_runs_that_were_not_finite_are_counted(tmp_path: Path) -> None:
+    ms = {"base-compiled": 2.0, "backprop-compiled": 8.0, NORMAL: 6.0}
+    lines(tmp_path, "cnn", ms, {"backprop-compiled": [3.0, 2.0], NORMAL: [3.0, 1.0]})
+    end = {"kind": "end", "method": NORMAL, "run": 0, "stopped": "not finite", "weights": ""}
+    with (tmp_path / "cnn.jsonl").open("a") as file:
+        file.write(json.dumps(end) + "\n")
+    row = "| cnn | forward gradient | 0.1 | 10 | 1, 1 not finite | 1.0000 | nan | 0.0000 | nan |"
+    assert row in paper.page(tmp_path)
+
+
 def test_times_are_measured_again_and_nothing_else(tmp_path: Path) -> None:
     before = run_small(tmp_path)
     mnist.time_again(SMALL, tmp_path, "digits", tmp_path / "out")

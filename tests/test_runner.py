@@ -272,6 +272,18 @@ def test_a_checkpoint_of_another_comparison_is_refused(tmp_path: Path) -> None:
     assert read(tmp_path)[0]["config"]["lr"] == 0.5
 
 
+def test_a_checkpoint_from_before_a_setting_was_new_has_its_default(tmp_path: Path) -> None:
+    compare(settings(methods=("backprop",)), log=tmp_path)
+    path = tmp_path / "checkpoint.pt"
+    state = torch.load(path, weights_only=True)
+    del state["comparison"]["share"]
+    torch.save(state, path)
+    (trace,) = compare(settings(methods=("backprop",)), log=tmp_path, resume=True).traces
+    assert trace.iterations == [0, 10, 20, 25]
+    with pytest.raises(CheckpointError, match="share was data, is directions"):
+        compare(settings(methods=("backprop",), share="directions"), log=tmp_path, resume=True)
+
+
 def test_a_run_that_goes_on_under_other_conditions_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
