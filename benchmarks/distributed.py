@@ -31,7 +31,7 @@ from works import WORKS
 
 from fwdcompile import FGD, Normal, Rademacher
 from fwdcompile.distributed import DistributedFGD
-from fwdcompile.measure import take_turns
+from fwdcompile.measure import bytes_written, ratio, take_turns
 from fwdcompile.runner import environment
 from fwdcompile.workers import Workers, joined
 
@@ -82,7 +82,7 @@ def worker(work: str, path: Path) -> None:
     torch.set_num_threads(1)
     made = runs(work)
     turns = take_turns(made, 1, torch.device("cpu"), PAIRS)
-    sent = {method: written(run) for method, run in made.items()}
+    sent = {method: bytes_written(run, COUNTED) for method, run in made.items()}
     if Workers().rank == 0:
         problem = WORKS[work].problem(BATCH[work], torch.device("cpu"), torch.float32)
         entry = {
@@ -93,7 +93,7 @@ def worker(work: str, path: Path) -> None:
             "parameters": sum(p.numel() for p in problem.model.parameters()),
             "buffers": sum(b.nbytes for b in problem.model.buffers()),
             "milliseconds": {m: 1e3 * statistics.median(turns[m]) for m in turns},
-            "ratio": {m: ratio(turns, m) for m in turns},
+            "ratio": {m: ratio(turns, m, "ddp") for m in turns},
             "bytes": sent,
         }
         path.write_text(json.dumps(entry))
@@ -139,24 +139,6 @@ def runs(work: str) -> dict[str, Run]:
         made["all-reduce alone"] = lambda: dist.all_reduce(gradient)
         made["gather alone"] = lambda: Workers().gather(numbers)
     return made
-
-
-def ratio(turns: dict[str, list[float]], method: str) -> float:
-    """To DistributedDataParallel, the median over turns."""
-    pairs = zip(turns[method], turns["ddp"], strict=True)
-    return statistics.median(mine / theirs for mine, theirs in pairs)
-
-
-def written(run: Run) -> float:
-    """Bytes a step that this process writes."""
-
-    def total() -> int:
-        return int(Path("/proc/self/io").read_text().split("wchar: ")[1].split()[0])
-
-    before = total()
-    for _ in range(COUNTED):
-        run()
-    return (total() - before) / COUNTED
 
 
 def page(result: dict[str, Any]) -> str:

@@ -26,7 +26,7 @@ from tuning import bare
 
 from fwdcompile import models
 from fwdcompile.log import read
-from fwdcompile.report import Report, Trace
+from fwdcompile.report import Report
 
 # The same with a rate for each method that the same search found: the paper has none of these
 TUNED = (
@@ -123,20 +123,17 @@ def losses_of(experiment: Experiment, report: Report) -> list[str]:
         whole = [trace for trace in traces if not trace.stopped]
         ends = [trace.validation_loss[-1] for trace in whole]
         spread = statistics.stdev(ends) if len(ends) > 1 else 0.0
-        means = [statistics.fmean(x) if x else math.nan for x in (ends, accuracies(whole))]
+        shares = [trace.accuracy[-1] for trace in whole]
+        end, accuracy = (statistics.fmean(x) if x else math.nan for x in (ends, shares))
         lowest = min(report.mean_curve(row.method)[1])
         stopped = f", {len(traces) - len(whole)} not finite" if len(whole) < len(traces) else ""
         lines.append(
             f"| {experiment.name} | {LABELS[bare(row.method)]} | "
             f"{report.config.of(row.method)[1].lr:g} | {report.config.iterations} | "
-            f"{len(traces)}{stopped} | {lowest:.4f} | {means[0]:.4f} | {spread:.4f} | "
-            f"{means[1]:.4f} | {row.ms:.2f} |"
+            f"{len(traces)}{stopped} | {lowest:.4f} | {end:.4f} | {spread:.4f} | "
+            f"{accuracy:.4f} | {row.ms:.2f} |"
         )
     return lines
-
-
-def accuracies(traces: list[Trace]) -> list[float]:
-    return [trace.accuracy[-1] for trace in traces]
 
 
 def cells(*numbers: float | None) -> str:

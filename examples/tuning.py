@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import functools
 import itertools
+import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict
 from pathlib import Path
 
 import figures
@@ -24,6 +25,7 @@ from torch.nn.functional import cross_entropy
 from fwdcompile.config import Config
 from fwdcompile.data import Dataset, batches
 from fwdcompile.errors import NonFiniteError
+from fwdcompile.log import finite
 from fwdcompile.methods import METHODS
 
 LINES = "tuning.jsonl"
@@ -133,16 +135,24 @@ def validation(model: nn.Module, part: tuple[Tensor, Tensor]) -> float:
 
 def _begun(path: Path, split: Dataset, config: Config) -> None:
     """Writes the header of a search, or looks whether the lines there are of the same one."""
-    settings = {
-        "config": repr(replace(config, methods=("backprop",), lr=1.0)),
+    settings: Line = {
+        "config": _settings(config),
         "examples": [len(labels) for _, labels in (split.train, split.validation)],
     }
     if not path.exists():
         figures.write(path, [figures.header(split.train[0].device, **settings)])
     there = figures.read(path)[0]
+    there["config"] = _settings(Config()) | there["config"]  # of before a setting was new
     for name, mine in settings.items():
         if there[name] != mine:
             raise ValueError(f"{path} is of another search: {name} was {there[name]}, is {mine}")
+
+
+def _settings(config: Config) -> Line:
+    """Those that a search reads, as JSON has them."""
+    read = {name: x for name, x in asdict(config).items() if name not in ("methods", "lr")}
+    settings: Line = json.loads(json.dumps(finite(read)))
+    return settings
 
 
 def _kept(

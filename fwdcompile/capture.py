@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from operator import getitem
 from typing import Any
 
@@ -127,14 +127,21 @@ def _distinct(
     return distinct
 
 
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without warnings of torch that are about its own code."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        warnings.simplefilter("ignore", DeprecationWarning)
+        yield
+
+
 def _export(
     root: Root, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: bool
 ) -> ExportedProgram:
     try:
         with ExitStack() as stack:
-            stack.enter_context(warnings.catch_warnings())
-            warnings.simplefilter("ignore", FutureWarning)
-            warnings.simplefilter("ignore", DeprecationWarning)
+            stack.enter_context(quiet())
             warnings.filterwarnings("ignore", _WEIGHTS_OF_RNN, UserWarning)
             stack.enter_context(user_source_lines())
             stack.enter_context(refuse_autograd_functions())

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from . import data as data_sets
 from . import rule
-from .config import DIRECTIONS, NAMES, OPTIMIZERS, PERTURBED, SHARES, Config, parsed
+from .config import DIRECTIONS, NAMES, OPTIMIZERS, PERTURBED, Config, parsed
 from .costs import best_form
 from .data import Dataset, import_torchvision, load
 from .errors import FwdcompileError
@@ -31,7 +31,7 @@ from .graph import draw
 from .models import MODELS
 from .report import BASES, Report, plot
 from .runner import Runner
-from .workers import Workers, joined, restarted
+from .workers import SHARES, Workers, joined, restarted
 
 DEFAULT_INPUT = "1,3,64,64"
 

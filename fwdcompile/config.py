@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from .directions import Directions, Normal, Rademacher, Sphere
+from .workers import SHARES
 
 NAMES = (
     "fgd",
@@ -29,7 +30,6 @@ DIRECTIONS: dict[str, Callable[[bool], Directions]] = {
 _TORCH = ("normal", "rademacher")
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 PERTURBED = ("weights", "activations")
-SHARES = ("data", "directions")
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "sgd": torch.optim.SGD,
     "momentum": functools.partial(torch.optim.SGD, momentum=0.9),

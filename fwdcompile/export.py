@@ -10,7 +10,6 @@ import importlib
 import json
 import re
 import traceback
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +22,7 @@ from torch import SymInt, Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 from torch.fx.proxy import TracerBase
 
+from .capture import quiet
 from .errors import ExportError
 from .forward import Lowered
 from .program import outputs_reached, value
@@ -102,7 +102,7 @@ def export(
     exported = _exported(step, tensors, lowered)
     interface = _interface(exported, list(tensors))
     metadata = {METADATA: json.dumps(interface)}
-    with _quiet():
+    with quiet():
         if to == "torch":
             torch.export.save(exported, path, extra_files=metadata)
         elif to == "inductor":
@@ -137,7 +137,7 @@ def _check_names(step: Step) -> None:
 def _exported(step: Step, tensors: dict[str, Tensor], lowered: Lowered) -> ExportedProgram:
     shapes = ({name: _open_sizes(lowered).get(name) for name in tensors},)
     try:
-        with _quiet(), _user_lines(lowered), torch.no_grad():
+        with quiet(), _user_lines(lowered), torch.no_grad():
             exported = torch.export.export(step, (tensors,), dynamic_shapes=shapes, strict=False)
             functional: ExportedProgram = exported.run_decompositions({})
             return functional
@@ -186,13 +186,4 @@ def _user_lines(lowered: Lowered) -> Iterator[None]:
         return traceback.StackSummary.from_list(found)
 
     with mock.patch.object(TracerBase, "_filter_traceback_frames", keep):
-        yield
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without warnings of torch that are about its own code."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        warnings.simplefilter("ignore", DeprecationWarning)
         yield

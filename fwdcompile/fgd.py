@@ -16,7 +16,7 @@ from .export import Engine, export
 from .forward import Lowered
 from .parts import Model
 from .program import outputs_reached
-from .redraw import Redraw, move
+from .redraw import move
 from .stepper import NonFinite, Plan, Stepper, check_loss, kinds_of, sum_of
 
 Perturbed = Literal["weights", "activations"]
@@ -79,7 +79,6 @@ class FGD(Stepper):
             model, loss_fn, chosen, samples, seed, compile, mode, nonfinite, dynamic, clip
         )
         self._store_directions = store_directions
-        self._redraw = Redraw(chosen, self._compiled)
         self._lr = torch.tensor(lr, dtype=torch.float64, device=self._seed.device)
         self._decay = torch.tensor(decay, dtype=torch.float64, device=self._seed.device)
 

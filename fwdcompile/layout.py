@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .forward import Lowered
 from .program import outputs_reached
-from .stepper import by_losses, kinds_of
+from .stepper import kinds_of, sum_of
 
 
 @dataclass(frozen=True)
@@ -46,4 +46,4 @@ class Layout:
     def moves(self, each: Tensor) -> list[Tensor]:
         """Numbers `[losses, G]`, one row for each loss, summed for each set of losses: `[G]`."""
         rows = dict(zip(self.losses, each, strict=True))
-        return list(by_losses(rows, {str(i): names for i, names in enumerate(self.sets)}).values())
+        return [sum_of(rows[name] for name in names) for names in self.sets]

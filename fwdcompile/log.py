@@ -69,7 +69,7 @@ class Log:
     def write(self, record: dict[str, Any]) -> None:
         """Adds a record; what is not finite becomes null, as JSON has no word for it."""
         if self._file is not None:
-            line = json.dumps(_finite(record), allow_nan=False) + "\n"
+            line = json.dumps(finite(record), allow_nan=False) + "\n"
             self._file.write(line.encode())
             self._file.flush()
         if self._events is not None and record["kind"] == "step":
@@ -84,7 +84,8 @@ def read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def _finite(x: Any) -> Any:
+def finite(x: Any) -> Any:
+    """A record as JSON has it: None where a number is not finite."""
     if isinstance(x, dict):
-        return {key: _finite(value) for key, value in x.items()}
+        return {key: finite(value) for key, value in x.items()}
     return None if isinstance(x, float) and not math.isfinite(x) else x

@@ -220,7 +220,7 @@ METHODS: dict[str, Callable[[nn.Module, Config, int], Step]] = {
 
 def workers_of(config: Config) -> Workers:
     """The workers that train by a config."""
-    return Workers("data" if config.share == "data" else "directions")
+    return Workers(config.share)  # type: ignore[arg-type]
 
 
 def compiled_by(

@@ -167,7 +167,8 @@ class Runner:
                 losses = []
                 if not last:
                     self._save(log, report, (model, step))
-        self.workers.agree({"its weights in the end": digest(model.parameters())})
+        if self.workers.size > 1:
+            self.workers.agree({"its weights in the end": digest(model.parameters())})
         trace.weights = digest(model.state_dict().values())
         end = {"stopped": trace.stopped, "weights": trace.weights}
         log.write({"kind": "end", "method": trace.method, "run": trace.run, **end})

@@ -19,6 +19,7 @@ from .forward import Forward, Lowered
 from .objective import Objective
 from .parts import Model, input_leaves, modules_of
 from .program import Reached, value
+from .redraw import Redraw
 from .sizes import mark_open
 
 NonFinite = Literal["raise", "skip"]
@@ -107,6 +108,7 @@ class Stepper:
         self._directions, self._samples = directions, sum(numbers)
         self._dense = replace(directions, rank_one=False)
         self._first_sample = 0
+        self._redraw = Redraw(directions, self._compiled)
         self.clip = clip
         self.nonfinite = nonfinite
         self.iteration = 0
@@ -237,7 +239,8 @@ class Stepper:
     ) -> dict[tuple[str, ...], Tensor]:
         """The slopes that samples are weighted by, by the losses that one can move."""
         mixing = self.directions.mixing(drawn)
-        return by_losses({n: self._weigh(slope, mixing) for n, slope in slopes.items()}, reached)
+        each = {name: self._weigh(slope, mixing) for name, slope in slopes.items()}
+        return {names: sum_of(each[name] for name in names) for names in reached.values() if names}
 
     def _weigh(self, slope: Tensor, mixing: Tensor | None) -> Tensor:
         """What samples are weighted by for one loss, from its slopes along them."""
@@ -264,13 +267,16 @@ class Stepper:
         plan, leaves = self._plan(inputs, kwargs)
         tensors = plan.tensors(leaves)
         self._admit(plan, tensors)
-        if self._mode == "reduce-overhead":
-            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
-        loss, finite, *rest = plan.run(tensors, self._seed, self._step, *extra)
+        loss, finite, *rest = self._forward_run(plan, tensors, *extra)
         if self.nonfinite == "raise" and not finite:
             raise self._refusal(loss)
         self._advance()
         return plan, loss, finite, *rest
+
+    def _forward_run(self, plan: Plan, tensors: list[Tensor], *extra: Tensor) -> Any:
+        if self._mode == "reduce-overhead":
+            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+        return plan.run(tensors, self._seed, self._step, *extra)
 
     def _advance(self) -> None:
         self.iteration += 1
@@ -304,11 +310,6 @@ def kinds_of(lowered: Lowered) -> Kinds:
     return kinds
 
 
-def by_losses(each: Mapping[str, Tensor], reached: Reached) -> dict[tuple[str, ...], Tensor]:
-    """Sums over the losses that a parameter can move, for each such set of losses."""
-    return {names: sum_of(each[name] for name in names) for names in reached.values() if names}
-
-
 def sum_of(terms: Iterable[Tensor]) -> Tensor:
     """The sum, without the addition of a zero."""
     first, *rest = terms
@@ -334,5 +335,9 @@ def check_loss(lowered: Lowered, most: int = 0) -> None:
         raise LossError("the objective must return the loss, or several; give a loss_fn")
     for out in outs:
         if out.ndim > most or not out.is_floating_point():
-            kind = f"{out.dtype} of shape {list(out.shape)}"
-            raise LossError(f"a loss must be a floating scalar tensor, not {kind}")
+            raise LossError(f"a loss must be a floating scalar tensor, not {kind_of(out)}")
+
+
+def kind_of(x: Tensor) -> str:
+    """Dtype and shape, in the words of messages and histories."""
+    return f"{x.dtype} of shape {list(x.shape)}"

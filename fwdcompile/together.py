@@ -17,8 +17,7 @@ from .errors import HistoryError, MismatchError
 from .forward import Lowered
 from .history import History, Record, check_header, read
 from .layout import Layout
-from .redraw import Redraw
-from .stepper import Plan, Stepper, kinds_of
+from .stepper import Plan, Stepper, kind_of, kinds_of
 from .workers import Workers, digest
 
 _FORMAT = 1
@@ -61,7 +60,6 @@ class Together(Stepper):
         self._part: Part | None = None
         self._layouts: dict[Plan, Layout] = {}
         self._keys: dict[tuple[int, int], Callable[[Tensor, Tensor], Tensor]] = {}
-        self._redraw = Redraw(self.directions, self._compiled)
         self._homes = state_homes(self.objective)
         self._unchecked = True
         if workers.share == "directions":
@@ -85,7 +83,7 @@ class Together(Stepper):
             "check_every": self.check_every,
             "its state": self.state_dict(),
             "parameter names": names,
-        } | {f"parameter {name}": _kind(self._parameter(name)) for name in names}
+        } | {f"parameter {name}": kind_of(self._parameter(name)) for name in names}
 
     def _parameter(self, name: str) -> Tensor:
         home, key = self._homes[name]
@@ -117,10 +115,8 @@ class Together(Stepper):
             before.setdefault(id(x), (x, x.clone()))
         if part is None and self.broadcast_buffers:
             self.workers.follow(buffers)
-        if self._mode == "reduce-overhead":
-            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
         loss: Tensor
-        loss, finite, slopes, mixing = plan.run(tensors, self._seed, self._step)
+        loss, finite, slopes, mixing = self._forward_run(plan, tensors)
         loss, slopes = loss.to(torch.float64, copy=True), slopes.to(torch.float64, copy=True)
         mixing = None if mixing is None else mixing.to(torch.float64, copy=True)
         if part is None:
@@ -238,7 +234,7 @@ class Together(Stepper):
             self._history = History(self._path, self._header(), self.iteration)
         if layout != self._written:
             parameters = [
-                [name, _kind(self._parameter(name)), number] for name, number in layout.parameters
+                [name, kind_of(self._parameter(name)), number] for name, number in layout.parameters
             ]
             self._history.write({"kind": "plan", "i": self.iteration, "parameters": parameters})
             self._written = layout
@@ -292,11 +288,7 @@ class Together(Stepper):
         """The layout of a record, for the parameters that this model has."""
         known = set(self._names())
         for name, kind, _ in record["parameters"]:
-            mine = _kind(self._parameter(name)) if name in known else "missing"
+            mine = kind_of(self._parameter(name)) if name in known else "missing"
             if mine != kind:
                 raise HistoryError(f"{source} trains {name}, {kind}; here it is {mine}")
         return Layout((), (), tuple((name, number) for name, _, number in record["parameters"]))
-
-
-def _kind(x: Tensor) -> str:
-    return f"{x.dtype} of shape {list(x.shape)}"

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import torch.distributed as dist
@@ -18,6 +18,7 @@ from torch.distributed.rendezvous import rendezvous
 from .errors import MismatchError
 
 Share = Literal["data", "directions"]
+SHARES: tuple[str, ...] = get_args(Share)
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Workers:
     group: dist.ProcessGroup | None = None
 
     def __post_init__(self) -> None:
-        if self.share not in ("data", "directions"):
+        if self.share not in SHARES:
             raise ValueError(f'workers share "data" or "directions", not {self.share!r}')
 
     @property

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fwdcompile
-from fwdcompile import FGD, ForwardGradient, Normal, Rademacher, Sphere
+from fwdcompile import FGD, ForwardGradient, Normal, Rademacher, Sphere, measure
 from fwdcompile.distributed import DistributedFGD, DistributedForwardGradient, Workers
 from fwdcompile.errors import HistoryError, MismatchError, NonFiniteError
 from fwdcompile.workers import digest
@@ -180,15 +180,7 @@ def bytes_written(rank: int, kind: Callable[[], nn.Module]) -> float:
     """Bytes that this process wrote a step, sockets and files, as the kernel counts them."""
     fgd = together(model(kind), directions=Rademacher(), check_every=1000)
     fgd.step(*parts(rank))
-
-    def written() -> int:
-        line = Path("/proc/self/io").read_text().split("wchar: ")[1]
-        return int(line.split()[0])
-
-    before = written()
-    for _ in range(20):
-        fgd.step(*parts(rank))
-    return (written() - before) / 20
+    return measure.bytes_written(lambda: fgd.step(*parts(rank)), 20)
 
 
 @pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="the kernel counts no bytes here")
@@ -247,11 +239,16 @@ def unlike(rank: int, what: str) -> Any:
         net.fc2 = nn.Linear(8, 4).double()
     if what == "weights" and rank:
         torch.nn.init.zeros_(net.fc2.bias)
-    before = state(net)
     version = "9.9" if what == "version" and rank else fwdcompile.__version__
+    with mock.patch("fwdcompile.together.__version__", version):
+        return refusal(net, lambda: together(net, **options).step(*parts(rank)))
+
+
+def refusal(net: nn.Module, act: Callable[[], object]) -> str:
+    """What the MismatchError of `act` says; the net is as it was."""
+    before = state(net)
     try:
-        with mock.patch("fwdcompile.together.__version__", version):
-            together(net, **options).step(*parts(rank))
+        act()
     except MismatchError as error:
         torch.testing.assert_close(state(net), before, rtol=0, atol=0)
         return str(error)
@@ -287,13 +284,7 @@ def apart(rank: int, what: str) -> Any:
         net.out.bias.requires_grad_(False)
         fgd = together(net, check_every=3, workers=Alone())
         fgd.load_state_dict(fgd.state_dict() | {"iteration": 3})
-    before = state(net)
-    try:
-        fgd.step(*parts(rank))
-    except MismatchError as error:
-        torch.testing.assert_close(state(net), before, rtol=0, atol=0)
-        return str(error)
-    return "went on"
+    return refusal(net, lambda: fgd.step(*parts(rank)))
 
 
 class Alone(Workers):

@@ -168,6 +168,10 @@ def test_a_search_goes_on_and_refuses_another(
 ) -> None:
     first = tuning.tuned(Valley, alike(), SHORT, ["backprop"], (0.5, 1, 2), tmp_path)
     monkeypatch.setattr(tuning, "trial", None)
+    path = tmp_path / tuning.LINES
+    header, lines = figures.read(path)
+    del header["config"]["share"]  # as before there was such a setting
+    figures.write(path, [header, *lines])
     assert tuning.tuned(Valley, alike(), SHORT, ["backprop"], (0.5, 1, 2), tmp_path) == first
     other = replace(SHORT, iterations=4)
     with pytest.raises(ValueError, match="is of another search: config was"):
