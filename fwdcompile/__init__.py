@@ -21,7 +21,9 @@ from .errors import (
     TangentError,
 )
 from .fgd import FGD, ForwardGradient
-from .forward import Forward, Lowered, jvp, transform
+from .forward import Forward
+from .functional import jvp, transform
+from .lowered import Lowered
 from .saved import Saved, load
 
 __all__ = [

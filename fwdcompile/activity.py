@@ -18,12 +18,14 @@ import torch
 from torch import Tensor, fx
 
 from . import rule
+from .apply import through
 from .errors import LossError
-from .forward import Forward, Lowered
+from .forward import Forward
+from .lowered import Lowered
 from .parts import Model
 from .program import Program, Slot, identifier, output_nodes, outputs_reached, rename, value
 from .trace import Recorder, bind_call, fake_mode, label
-from .transform import through, transform
+from .transform import transform
 
 aten = torch.ops.aten
 _OUTPUT = ".output"

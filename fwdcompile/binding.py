@@ -12,7 +12,7 @@ from torch import Tensor
 from .directions import RankOne, dense_tensor
 from .errors import TangentError
 from .parts import Model, input_leaves, modules_of, named_state
-from .program import Slot, is_differentiable
+from .program import OutSpec, Program, Slot, is_differentiable
 
 Tangents = Mapping[str, Tensor | RankOne]
 
@@ -163,3 +163,19 @@ def _check_dense(x: Tensor) -> None:
 
 def _text(x: Any) -> str:
     return str(list(x)) if isinstance(x, torch.Size) else str(x)
+
+
+def results(program: Program, outs: Sequence[Any], directions: int | None) -> tuple[Any, Any]:
+    """The primal and tangent outputs in the model's structure; None directions mean one, bare."""
+    outputs: dict[str, Any] = {}
+    dots: list[dict[str, Any]] = [{} for _ in range(directions or 1)]
+    for slot, out in zip(program.outputs, outs, strict=True):
+        if slot.kind == "output":
+            outputs[slot.name] = out
+        elif slot.kind == "tangent":
+            dots[slot.direction][slot.name] = out
+    leaves = tuple((named, name if named else None) for named, name in program.out_spec.leaves)
+    tangent_spec = OutSpec(program.out_spec.tree, leaves)
+    nothing = dict.fromkeys(outputs)
+    built = [tangent_spec.build(nothing | dot) for dot in dots]
+    return program.out_spec.build(outputs), built[0] if directions is None else tuple(built)

@@ -26,7 +26,7 @@ from .config import DIRECTIONS, NAMES, OPTIMIZERS, PERTURBED, Config, parsed
 from .costs import best_form
 from .data import Dataset, import_torchvision, load
 from .errors import FwdcompileError
-from .forward import transform
+from .functional import transform
 from .graph import draw
 from .models import MODELS
 from .report import BASES, Report, plot

@@ -24,7 +24,7 @@ from torch.fx.proxy import TracerBase
 
 from .capture import quiet
 from .errors import ExportError
-from .forward import Lowered
+from .lowered import Lowered
 from .program import outputs_reached, value
 
 Engine = Literal["torch", "inductor", "onnx"]

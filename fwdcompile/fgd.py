@@ -13,7 +13,7 @@ from .activity import ActivityForward, check_examples
 from .binding import call_values
 from .directions import Directions, Normal, RankOne, Sphere, scaled, stream_keys
 from .export import Engine, export
-from .forward import Lowered
+from .lowered import Lowered
 from .parts import Model
 from .program import outputs_reached
 from .redraw import move

@@ -1,13 +1,9 @@
-"""The public transform: what `fwdcompile.transform(model)` returns and how it is called."""
+"""What `fwdcompile.transform(model)` returns, and how it is called."""
 
 from __future__ import annotations
 
-import functools
 import importlib
-import itertools
-import sys
-import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +20,7 @@ from .binding import (
     check_name,
     check_tangents,
     dense,
+    results,
     signature_of,
     store,
 )
@@ -31,39 +28,15 @@ from .calls import settle
 from .capture import capture
 from .costs import Product, calibrate
 from .directions import RankOne
-from .emit import emit, execute
 from .errors import FwdcompileError, TangentError
-from .graph import program_graph
-from .parts import Model, input_leaves, modules_of
-from .program import OutSpec, Program, graphs, is_differentiable
+from .lowered import Function, Lowered, generate
+from .nesting import as_primal, tie
+from .parts import Model, modules_of
+from .program import Program, graphs, is_differentiable
 from .simplify import PASSES, detach_tangents, simplify
 from .sizes import mark_open, serves
 from .stack import forms, groups
-from .transform import as_primal, tie
 from .transform import transform as transform_program
-
-
-@dataclass(frozen=True)
-class Lowered:
-    """One generated program: its text, the graph of each stage, and the function to run.
-
-    Attributes:
-        program: the program that was printed, with the meaning of its inputs and outputs.
-        nestable: the same before tangents were cut off autograd; a further transform starts here.
-        stages: the graph after `capture`, `transform` and `simplify`.
-        code: the source text.
-        function: `forward` of the generated module, compiled if that was asked for.
-    """
-
-    program: Program
-    nestable: Program
-    stages: dict[str, fx.Graph]
-    code: str
-    function: Callable[..., tuple[Any, ...]]
-
-    def graph(self) -> nx.DiGraph[str]:
-        """The program as a networkx graph; see `fwdcompile.graph.program_graph`."""
-        return program_graph(self.program)
 
 
 class Forward:
@@ -291,31 +264,20 @@ class Forward:
         if not self.tracks_grad:
             detach_tangents(program.graph)
         settle(program.graph)
-        return self._generate(program, nestable, stages | {"simplify": program.graph})
+        stages["simplify"] = program.graph
+        return generate(program, nestable, stages, self.passes, self._compiled)
 
     def _transformed(self, captured: Program, active: Sequence[str], request: _Request) -> Program:
         return transform_program(captured, active, request.directions, request.rank_one)
 
-    def _generate(
-        self, program: Program, nestable: Program, stages: dict[str, fx.Graph]
-    ) -> Lowered:
-        code = emit(program, self.passes)
-        constants = ((n.name, s) for n, s in program.placeholders() if s.kind == "constant")
-        live = {name: program.constants[slot.name] for name, slot in constants}
-        name = f"fwdcompile_generated_{next(_numbers)}"
-        function = execute(code, name, live).forward
-        if self.compile:
-            function = torch.compile(
-                function, fullgraph=True, dynamic=None if self.dynamic else False, mode=self.mode
-            )
-        lowered = Lowered(program, nestable, stages, code, function)
-        weakref.finalize(lowered, sys.modules.pop, name, None)
-        return lowered
+    def _compiled(self, function: Function) -> Function:
+        if not self.compile:
+            return function
+        dynamic = None if self.dynamic else False
+        return torch.compile(function, fullgraph=True, dynamic=dynamic, mode=self.mode)
 
 
 importlib.import_module("fwdcompile.rules")  # fills the table
-
-_numbers = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -351,108 +313,3 @@ def _inputs_key(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, ..
 def _fixed(leaves: tuple[Any, ...]) -> tuple[Any, ...]:
     """What of the inputs is no tensor."""
     return tuple(leaf if isinstance(leaf[0], type) else None for leaf in leaves)
-
-
-def results(program: Program, outs: Sequence[Any], directions: int | None) -> tuple[Any, Any]:
-    """The primal and tangent outputs in the model's structure; None directions mean one, bare."""
-    outputs: dict[str, Any] = {}
-    dots: list[dict[str, Any]] = [{} for _ in range(directions or 1)]
-    for slot, out in zip(program.outputs, outs, strict=True):
-        if slot.kind == "output":
-            outputs[slot.name] = out
-        elif slot.kind == "tangent":
-            dots[slot.direction][slot.name] = out
-    leaves = tuple((named, name if named else None) for named, name in program.out_spec.leaves)
-    tangent_spec = OutSpec(program.out_spec.tree, leaves)
-    nothing = dict.fromkeys(outputs)
-    built = [tangent_spec.build(nothing | dot) for dot in dots]
-    return program.out_spec.build(outputs), built[0] if directions is None else tuple(built)
-
-
-def transform(
-    model: Model | Forward,
-    *,
-    tracks_grad: bool = True,
-    compile: bool = False,
-    mode: str = "default",
-    passes: Sequence[str] = tuple(PASSES),
-    dynamic: bool = False,
-) -> Forward:
-    """Makes the forward-mode version of a model; nothing is traced before the first call.
-
-    Args:
-        model: an nn.Module, a function of tensors and pytrees, or the result of `transform`.
-        tracks_grad: False cuts the tangent off autograd: the primal output stays differentiable,
-            the tangent costs autograd no memory.
-        compile: runs the generated program through `torch.compile(fullgraph=True)`.
-        mode: torch.compile's mode: "default", "reduce-overhead" or "max-autotune".
-        passes: simplifying passes to take, in order.
-        dynamic: one program, captured once, serves every size from 2 that the first dimension of
-            the inputs may take. Where the model fixes or asks for a size, a call of another size
-            is captured anew.
-
-    Returns:
-        A callable `fwd(*inputs, tangents={name: tangent})` that gives `(y, y_dot)`.
-
-    Example:
-        >>> fwd = fwdcompile.transform(model)
-        >>> y, y_dot = fwd(x, tangents={"fc1.weight": w_dot, "x": x_dot})
-        >>> print(fwd.code)
-
-    The mathematics is forward-mode AD as in section 2.1 of Baydin et al. (2022): y and J v
-    together, in one evaluation.
-    """
-    return Forward(
-        model,
-        tracks_grad=tracks_grad,
-        compile=compile,
-        mode=mode,
-        passes=passes,
-        dynamic=dynamic,
-    )
-
-
-@functools.lru_cache(maxsize=256)
-def _forward_of(func: Callable[..., Any]) -> Forward:
-    return Forward(func)
-
-
-def jvp(
-    func: Callable[..., Any],
-    primals: Sequence[Any],
-    tangents: Sequence[Any],
-    *,
-    strict: bool = False,
-    has_aux: bool = False,
-) -> tuple[Any, ...]:
-    """The Jacobian-vector product of `func`, with the signature and results of torch.func.jvp.
-
-    Args:
-        func: a function of tensors or pytrees of tensors. Its program is kept for as long as the
-            function lives: call with the same function object to capture once.
-        primals: the positional arguments of `func`.
-        tangents: for each primal a tangent of the same structure, shape, dtype and device.
-        strict: raises where an output does not depend on any primal, in place of zeros.
-        has_aux: `func` returns `(output, aux)`, of which only the first is differentiated.
-
-    Returns:
-        `(output, jvp_output)`, and `aux` behind them if `has_aux`.
-
-    Raises:
-        TangentError: structure, shape, dtype or device of tangents and primals differ.
-
-    Example:
-        >>> fwdcompile.jvp(torch.sin, (torch.zeros(2),), (torch.ones(2),))
-        (tensor([0., 0.]), tensor([1., 1.]))
-    """
-    primals, tangents = tuple(primals), tuple(tangents)
-    leaves, spec = pytree.tree_flatten(primals)
-    dots, dot_spec = pytree.tree_flatten(tangents)
-    if spec != dot_spec or not leaves:
-        raise TangentError(f"primals and tangents differ in structure: {spec} and {dot_spec}")
-    names = [name for name, _ in input_leaves(func, primals, {})]
-    forward = _forward_of(func)
-    y, y_dot = forward(*primals, tangents=dict(zip(names, dots, strict=True)))
-    if strict and (cut := [s.name for n, s in forward.program.results() if n.meta.get("absent")]):
-        raise TangentError(f"{', '.join(cut)} does not depend on the primals")
-    return (y[0], y_dot[0], y[1]) if has_aux else (y, y_dot)

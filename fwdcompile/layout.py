@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from .forward import Lowered
+from .lowered import Lowered
 from .program import outputs_reached
 from .stepper import kinds_of, sum_of
 

@@ -15,7 +15,8 @@ from torch.utils import _pytree as pytree
 from .binding import arrange, signature_of, state_homes
 from .directions import Directions, RankOne, stream_keys
 from .errors import LossError, NonFiniteError, TangentError
-from .forward import Forward, Lowered
+from .forward import Forward
+from .lowered import Lowered
 from .objective import Objective
 from .parts import Model, input_leaves, modules_of
 from .program import Reached, value

@@ -14,9 +14,9 @@ from . import __version__
 from .binding import state_homes
 from .directions import Sphere, stream_keys
 from .errors import HistoryError, MismatchError
-from .forward import Lowered
 from .history import History, Record, check_header, read
 from .layout import Layout
+from .lowered import Lowered
 from .stepper import Plan, Stepper, kind_of, kinds_of
 from .workers import Workers, digest
 

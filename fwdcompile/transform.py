@@ -8,8 +8,8 @@ program, so the transform applies to its own output (second derivatives).
 from __future__ import annotations
 
 import traceback
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 from operator import getitem
 from typing import Any
 
@@ -19,12 +19,11 @@ from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
 
 from . import rule
+from .apply import Site, apply, site_of
 from .directions import RankOne
 from .dual import dual
 from .errors import MissingRuleError, RuleError, TangentError
 from .program import (
-    Kind,
-    OutSpec,
     Program,
     Slot,
     is_differentiable,
@@ -36,7 +35,7 @@ from .program import (
 from .rule import Rule
 from .sizes import same_shape, unify
 from .subgraph import CONVENTIONS, operands_of
-from .trace import Recorder, bind_call, caller, fake_mode
+from .trace import Recorder, bind_call, fake_mode
 
 aten = torch.ops.aten
 
@@ -73,16 +72,6 @@ def transform(
     if not isinstance(active, Mapping):
         active = {name: range(directions) for name in active}
     return _Transform(program, directions).run(active, rank_one)
-
-
-@dataclass(frozen=True)
-class _Site:
-    """One op of the primal program at which a rule is applied, with fakes for its values."""
-
-    node: fx.Node
-    row: Rule
-    arguments: dict[str, Any]
-    out: Any
 
 
 class _Transform:
@@ -238,13 +227,13 @@ class _Transform:
     def _is_active(self, node: fx.Node) -> bool:
         return node in self.dots
 
-    def _site(self, node: fx.Node) -> _Site:
+    def _site(self, node: fx.Node) -> Site:
         row = rule.table.get(node.target)  # type: ignore[call-overload]
         if row is None or row.word == "not_implemented":
             raise MissingRuleError(_missing(node, row))
-        return _site(node, self.primals[node], row, self.recorder)
+        return site_of(node, self.primals[node], row, self.recorder)
 
-    def _dot(self, site: _Site, direction: int) -> Dot:
+    def _dot(self, site: Site, direction: int) -> Dot:
         bound = bind_call(site.row.op, site.node.args, site.node.kwargs)
         present = {
             name: d
@@ -259,7 +248,7 @@ class _Transform:
                 f"{extra[0]!r}, which has a tangent here. Add one to the row."
             )
         try:
-            result = _apply(site, present)
+            result = apply(site, present)
             return self._fit(site, result)
         except RuleError as error:
             raise RuleError(f"{_describe(site.node)}\n  Row at {site.row.where}: {error}") from None
@@ -280,7 +269,7 @@ class _Transform:
             return dots if any(dot is not None for dot in dots) else None
         return None
 
-    def _fit(self, site: _Site, result: Any) -> Dot:
+    def _fit(self, site: Site, result: Any) -> Dot:
         """Makes a tangent have its primal's shape and dtype, or refuses it."""
         if isinstance(site.out, Tensor):
             return self._fit_one(result, site.out)
@@ -338,112 +327,6 @@ class _Transform:
             )
         zeros.meta |= {"role": "tangent", "of": node.name, "direction": 0, "absent": True}
         return zeros
-
-
-def _site(node: fx.Node, copy: fx.Node, row: Rule, recorder: Recorder) -> _Site:
-    """The call that `copy` is of `node` in the graph being built, with fakes for its values."""
-    arguments = fx.map_arg(bind_call(row.op, copy.args, copy.kwargs), recorder.fake)
-    return _Site(node, row, arguments, recorder.fake(copy))  # type: ignore[arg-type]
-
-
-def _apply(site: _Site, dots: dict[str, Any]) -> Any:
-    """Runs a row on fakes; `dots` holds the present tangents by argument name."""
-    row = site.row
-    call = caller(row.op, site.arguments)
-    named = site.arguments | {"out": site.out, "call": call}
-
-    def pick(term: rule.Term, skip: int) -> dict[str, Any]:
-        return {name: named[name] for name in rule.parameters(term)[skip:]}
-
-    match row.word:
-        case "zero":
-            return None
-        case "linear":
-            return call(**{name: _filled(dots.get(name), named[name]) for name in row.wrt})
-        case "joint":
-            return row.terms[""](dots, **pick(row.terms[""], 1))
-        case "multilinear":
-            terms = [call(**{name: _filled(d, named[name])}) for name, d in dots.items()]
-        case "pointwise":
-            terms = [d * row.terms[name](**pick(row.terms[name], 0)) for name, d in dots.items()]
-        case _:
-            terms = [row.terms[name](d, **pick(row.terms[name], 1)) for name, d in dots.items()]
-    return _sum(terms)
-
-
-def through(node: fx.Node, d: Tensor, recorder: Recorder) -> Any:
-    """The tangent of a node from that of its first operand, by its row, inside a recorder."""
-    row = rule.table[node.target]  # type: ignore[index]
-    return _apply(_site(node, node, row, recorder), {row.op._schema.arguments[0].name: d})
-
-
-def _filled(d: Any, primal: Any) -> Any:
-    """A tangent with zeros for what is absent, because a jointly linear op needs every operand."""
-    if isinstance(primal, list | tuple):
-        dots = d or [None] * len(primal)
-        return [_filled(one, x) for one, x in zip(dots, primal, strict=True)]
-    return torch.zeros_like(primal) if d is None and isinstance(primal, Tensor) else d
-
-
-def _sum(terms: Sequence[Any]) -> Any:
-    present = [term for term in terms if term is not None]
-    if not present:
-        return None
-    total = present[0]
-    for term in present[1:]:
-        total = (
-            tuple(_sum(pair) for pair in zip(total, term, strict=True))
-            if isinstance(term, tuple)
-            else total + term
-        )
-    return total
-
-
-def as_primal(program: Program, suffix: str = "_dot") -> Program:
-    """A transformed program seen as a plain one, that is `(inputs, tangents) -> (out, out_dot)`.
-
-    Args:
-        program: a result of `transform` with one direction.
-        suffix: what the names of tangents get behind their primal's name, as inputs and outputs.
-    """
-
-    def plain(slot: Slot, kind: Kind) -> Slot:
-        return Slot(kind, slot.name + suffix) if slot.kind == "tangent" else slot
-
-    inputs = tuple(plain(slot, "input") for slot in program.inputs)
-    outputs = tuple(plain(slot, "output") for slot in program.outputs)
-    tree, leaves = program.out_spec.tree, program.out_spec.leaves
-    tangents = {slot.name for slot in program.outputs if slot.kind == "tangent"}
-    dots = tuple(
-        (True, name + suffix) if named and name in tangents else (False, None)
-        for named, name in leaves
-    )
-    structure = pytree.tree_unflatten([0] * len(leaves), tree)
-    pair = pytree.tree_structure((structure, structure))
-    return replace(program, inputs=inputs, outputs=outputs, out_spec=OutSpec(pair, leaves + dots))
-
-
-def tie(program: Program, suffix: str) -> Program:
-    """Lets the tangents of the inner transform serve the outer one as well.
-
-    Args:
-        program: a transform of `as_primal(inner, suffix)` by the names inner was transformed by.
-        suffix: the one that `as_primal` got.
-
-    Returns:
-        The program without its own tangent inputs. With one direction at both levels the inner
-        tangents reappear in the outer ones, so cse computes them once: u = v in v'Hu.
-    """
-    program = program.copy()
-    inputs = {slot.name: node for node, slot in program.placeholders()}
-    kept = []
-    for node, slot in list(program.placeholders()):
-        if slot.kind == "tangent" and slot.name + suffix in inputs:
-            node.replace_all_uses_with(inputs[slot.name + suffix])
-            program.graph.erase_node(node)
-        else:
-            kept.append(slot)
-    return replace(program, inputs=tuple(kept))
 
 
 def _describe(node: fx.Node) -> str:

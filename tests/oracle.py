@@ -15,7 +15,7 @@ from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
 import fwdcompile
-from fwdcompile.forward import Lowered
+from fwdcompile.lowered import Lowered
 from fwdcompile.parts import input_leaves
 from fwdcompile.program import is_differentiable, is_random
 

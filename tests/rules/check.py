@@ -13,9 +13,10 @@ from torch._ops import OpOverload
 from torch._subclasses import FakeTensorMode
 from torch.utils import _pytree as pytree
 
+from fwdcompile.nesting import as_primal
 from fwdcompile.program import OutSpec, Program, Slot, is_differentiable
 from fwdcompile.simplify import simplify
-from fwdcompile.transform import as_primal, transform
+from fwdcompile.transform import transform
 
 RTOL, ATOL = 1e-9, 1e-10
 

@@ -10,8 +10,9 @@ from check import run
 from torch import Tensor
 
 from fwdcompile.capture import capture
+from fwdcompile.nesting import as_primal
 from fwdcompile.program import Program
-from fwdcompile.transform import as_primal, transform
+from fwdcompile.transform import transform
 
 Function = Callable[..., Any]
 

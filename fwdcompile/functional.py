@@ -1,0 +1,103 @@
+"""The public functions: `transform`, and `jvp` with the signature of torch.func.jvp."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch.utils import _pytree as pytree
+
+from .errors import TangentError
+from .forward import Forward
+from .parts import Model, input_leaves
+from .simplify import PASSES
+
+
+def transform(
+    model: Model | Forward,
+    *,
+    tracks_grad: bool = True,
+    compile: bool = False,
+    mode: str = "default",
+    passes: Sequence[str] = tuple(PASSES),
+    dynamic: bool = False,
+) -> Forward:
+    """Makes the forward-mode version of a model; nothing is traced before the first call.
+
+    Args:
+        model: an nn.Module, a function of tensors and pytrees, or the result of `transform`.
+        tracks_grad: False cuts the tangent off autograd: the primal output stays differentiable,
+            the tangent costs autograd no memory.
+        compile: runs the generated program through `torch.compile(fullgraph=True)`.
+        mode: torch.compile's mode: "default", "reduce-overhead" or "max-autotune".
+        passes: simplifying passes to take, in order.
+        dynamic: one program, captured once, serves every size from 2 that the first dimension of
+            the inputs may take. Where the model fixes or asks for a size, a call of another size
+            is captured anew.
+
+    Returns:
+        A callable `fwd(*inputs, tangents={name: tangent})` that gives `(y, y_dot)`.
+
+    Example:
+        >>> fwd = fwdcompile.transform(model)
+        >>> y, y_dot = fwd(x, tangents={"fc1.weight": w_dot, "x": x_dot})
+        >>> print(fwd.code)
+
+    The mathematics is forward-mode AD as in section 2.1 of Baydin et al. (2022): y and J v
+    together, in one evaluation.
+    """
+    return Forward(
+        model,
+        tracks_grad=tracks_grad,
+        compile=compile,
+        mode=mode,
+        passes=passes,
+        dynamic=dynamic,
+    )
+
+
+@functools.lru_cache(maxsize=256)
+def _forward_of(func: Callable[..., Any]) -> Forward:
+    return Forward(func)
+
+
+def jvp(
+    func: Callable[..., Any],
+    primals: Sequence[Any],
+    tangents: Sequence[Any],
+    *,
+    strict: bool = False,
+    has_aux: bool = False,
+) -> tuple[Any, ...]:
+    """The Jacobian-vector product of `func`, with the signature and results of torch.func.jvp.
+
+    Args:
+        func: a function of tensors or pytrees of tensors. Its program is kept for as long as the
+            function lives: call with the same function object to capture once.
+        primals: the positional arguments of `func`.
+        tangents: for each primal a tangent of the same structure, shape, dtype and device.
+        strict: raises where an output does not depend on any primal, in place of zeros.
+        has_aux: `func` returns `(output, aux)`, of which only the first is differentiated.
+
+    Returns:
+        `(output, jvp_output)`, and `aux` behind them if `has_aux`.
+
+    Raises:
+        TangentError: structure, shape, dtype or device of tangents and primals differ.
+
+    Example:
+        >>> fwdcompile.jvp(torch.sin, (torch.zeros(2),), (torch.ones(2),))
+        (tensor([0., 0.]), tensor([1., 1.]))
+    """
+    primals, tangents = tuple(primals), tuple(tangents)
+    leaves, spec = pytree.tree_flatten(primals)
+    dots, dot_spec = pytree.tree_flatten(tangents)
+    if spec != dot_spec or not leaves:
+        raise TangentError(f"primals and tangents differ in structure: {spec} and {dot_spec}")
+    names = [name for name, _ in input_leaves(func, primals, {})]
+    forward = _forward_of(func)
+    y, y_dot = forward(*primals, tangents=dict(zip(names, dots, strict=True)))
+    if strict and (cut := [s.name for n, s in forward.program.results() if n.meta.get("absent")]):
+        raise TangentError(f"{', '.join(cut)} does not depend on the primals")
+    return (y[0], y_dot[0], y[1]) if has_aux else (y, y_dot)

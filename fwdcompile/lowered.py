@@ -1,0 +1,71 @@
+"""A generated program with what it was made of, and its module."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import networkx as nx
+from torch import fx
+
+from .emit import emit, execute
+from .graph import program_graph
+from .program import Program
+
+Function = Callable[..., tuple[Any, ...]]
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """One generated program: its text, the graph of each stage, and the function to run.
+
+    Attributes:
+        program: the program that was printed, with the meaning of its inputs and outputs.
+        nestable: the same before tangents were cut off autograd; a further transform starts here.
+        stages: the graph after `capture`, `transform` and `simplify`.
+        code: the source text.
+        function: `forward` of the generated module, compiled if that was asked for.
+    """
+
+    program: Program
+    nestable: Program
+    stages: dict[str, fx.Graph]
+    code: str
+    function: Function
+
+    def graph(self) -> nx.DiGraph[str]:
+        """The program as a networkx graph; see `fwdcompile.graph.program_graph`."""
+        return program_graph(self.program)
+
+
+_numbers = itertools.count()
+
+
+def generate(
+    program: Program,
+    nestable: Program,
+    stages: dict[str, fx.Graph],
+    passes: Sequence[str],
+    compiled: Callable[[Function], Function],
+) -> Lowered:
+    """Prints a program and loads it as a module, which lives as long as what is returned.
+
+    Args:
+        program: as `Lowered` has it, like `nestable` and `stages`.
+        nestable: before tangents were cut off autograd.
+        stages: the graphs on the way.
+        passes: that were taken; the text names them.
+        compiled: from the module's `forward` to the function to run.
+    """
+    code = emit(program, passes)
+    constants = ((n.name, s) for n, s in program.placeholders() if s.kind == "constant")
+    live = {name: program.constants[slot.name] for name, slot in constants}
+    name = f"fwdcompile_generated_{next(_numbers)}"
+    function = compiled(execute(code, name, live).forward)
+    lowered = Lowered(program, nestable, stages, code, function)
+    weakref.finalize(lowered, sys.modules.pop, name, None)
+    return lowered
