@@ -27,11 +27,10 @@ from mnist import arguments
 from torch import Tensor, nn
 from tuning import bare, tuned
 
-from fwdcompile import ForwardGradient
 from fwdcompile.cli import compare
 from fwdcompile.config import Config
 from fwdcompile.data import Dataset, batches, load
-from fwdcompile.methods import METHODS, losses
+from fwdcompile.methods import METHODS, estimator, losses
 from fwdcompile.models import mlp
 from fwdcompile.report import Report
 
@@ -69,15 +68,7 @@ def noise(model: nn.Module, method: str, config: Config, x: Tensor, y: Tensor) -
     parameters = list(model.parameters())
     true = torch.cat([g.flatten() for g in torch.autograd.grad(losses(model(x), y), parameters)])
     _, own = config.of(method)
-    reduction = "none" if own.perturb == "activations" else "mean"
-    gradient = ForwardGradient(
-        model,
-        lambda out, target: losses(out, target, reduction),
-        directions=own.source,
-        samples=own.samples,
-        perturb=own.perturb,  # type: ignore[arg-type]
-        compile=False,
-    )
+    gradient = estimator(model, replace(own, compile=False), config.seed)
     total = 0.0
     for _ in range(DRAWS):
         model.zero_grad()
@@ -118,8 +109,7 @@ def main(
 
     config = config_for(data, epochs, runs, compile)
     short = replace(config, iterations=SEARCH, decay=0.0, runs=1, compile=False)
-    rates = tuned(build, data, short, list(LABELS), RATES, work)
-    methods = tuple(f"{method}:lr={rate:g}" for method, rate in rates.items())
+    methods = tuned(build, data, short, list(LABELS), RATES, work)
     compare(build, data, replace(config, methods=methods), work, resume=True)
     path = out / f"activity-{name}.jsonl"
     out.mkdir(parents=True, exist_ok=True)

@@ -176,10 +176,10 @@ def main(
 
     # eager and compiled steps have equal losses, and each rate would compile anew
     short = replace(config, runs=1, compile=False)
-    rates = tuned(build, data, short, methods, RATES, folder)
-    full = [m.replace("backprop", "backprop-compiled") if config.compile else m for m in methods]
-    chosen = [f"{m}:lr={rate!r}" for m, rate in zip(full, rates.values(), strict=True)]
-    config = replace(config, methods=tuple(chosen))
+    chosen = tuned(build, data, short, methods, RATES, folder)
+    if config.compile:
+        chosen = tuple(m.replace("backprop:", "backprop-compiled:") for m in chosen)
+    config = replace(config, methods=chosen)
     Runner(build, data, config, log=folder, resume=True).run()
     path = out / "directions.jsonl"
     out.mkdir(parents=True, exist_ok=True)

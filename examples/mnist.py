@@ -89,8 +89,8 @@ def run(experiment: Experiment, data_root: Path, data: str, work: Path, out: Pat
     config = experiment.config
     if experiment.lr is None:
         short = replace(config, iterations=config.iterations // 10, runs=1)
-        rates = tuned(build, images, short, config.methods, RATES, folder)
-        config = replace(config, methods=tuple(f"{m}:lr={r:g}" for m, r in rates.items()))
+        methods = tuned(build, images, short, config.methods, RATES, folder)
+        config = replace(config, methods=methods)
         shutil.copyfile(folder / "tuning.jsonl", out / f"{experiment.name}-search.jsonl")
     report = compare(build, images, config, folder, resume=True)
     shutil.copyfile(folder / "log.jsonl", out / f"{experiment.name}.jsonl")

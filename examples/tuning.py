@@ -41,8 +41,8 @@ def tuned(
     methods: Sequence[str],
     rates: Sequence[float],
     folder: Path,
-) -> dict[str, float]:
-    """The best learning rate of each method.
+) -> tuple[str, ...]:
+    """The methods, each with its best learning rate behind its name.
 
     Args:
         build: makes a fresh model; called under the config's seed.
@@ -57,12 +57,12 @@ def tuned(
     """
     path, split = folder / LINES, held_out(data)
     _begun(path, split, config)
-    return {
-        method: best(
-            search(functools.partial(_kept, path, build, split, config, method), rates), method
-        )
-        for method in methods
-    }
+
+    def rate_of(method: str) -> float:
+        losses = search(functools.partial(_kept, path, build, split, config, method), rates)
+        return best(losses, method)
+
+    return tuple(f"{method}:lr={rate_of(method):g}" for method in methods)
 
 
 def bare(method: str) -> str:

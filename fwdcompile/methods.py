@@ -90,27 +90,12 @@ def total_loss(out: Any, y: Tensor) -> Tensor:
 
 def fgd(model: nn.Module, config: Config, seed: int) -> Step:
     """Forward gradient descent as one graph a step, or forward gradients for an optimizer."""
-    settings: dict[str, Any] = {
-        "directions": config.source,
-        "samples": config.samples,
-        "clip": config.clip if math.isfinite(config.clip) else None,
-        "seed": seed,
-        "compile": config.compile,
-        "mode": config.mode,
-        "nonfinite": "skip" if config.skip_nonfinite else "raise",
-    }
-    workers = workers_of(config)
-    if workers.size > 1:
-        settings["workers"] = workers
     if config.optimizer == "sgd" and config.perturb == "weights":
-        descent = DistributedFGD if workers.size > 1 else FGD
+        settings = _settings(config, seed)
+        descent = DistributedFGD if "workers" in settings else FGD
         trainer = descent(model, losses, lr=config.lr, decay=config.decay, **settings)
         return Step(trainer.step, {"fgd": trainer})
-    per_example = functools.partial(losses, reduction="none")
-    loss_fn = per_example if config.perturb == "activations" else losses
-    estimate = DistributedForwardGradient if workers.size > 1 else ForwardGradient
-    gradient = estimate(model, loss_fn, perturb=config.perturb, **settings)  # type: ignore[arg-type]
-    optimizer = _optimizer(model, config)
+    gradient, optimizer = estimator(model, config, seed), _optimizer(model, config)
 
     def step(x: Tensor, y: Tensor) -> Tensor:
         _schedule(optimizer, config.rate(gradient.iteration))
@@ -120,6 +105,30 @@ def fgd(model: nn.Module, config: Config, seed: int) -> Step:
         return loss
 
     return Step(step, {"gradient": gradient, "optimizer": optimizer})
+
+
+def estimator(model: nn.Module, config: Config, seed: int) -> ForwardGradient:
+    """The forward gradient of a config; activations perturbed need a loss for each example."""
+    settings = _settings(config, seed)
+    per_example = functools.partial(losses, reduction="none")
+    loss_fn = per_example if config.perturb == "activations" else losses
+    kind = DistributedForwardGradient if "workers" in settings else ForwardGradient
+    return kind(model, loss_fn, perturb=config.perturb, **settings)  # type: ignore[arg-type]
+
+
+def _settings(config: Config, seed: int) -> dict[str, Any]:
+    """What FGD and ForwardGradient are given alike."""
+    workers = workers_of(config)
+    many = {"workers": workers} if workers.size > 1 else {}
+    return many | {
+        "directions": config.source,
+        "samples": config.samples,
+        "clip": config.clip if math.isfinite(config.clip) else None,
+        "seed": seed,
+        "compile": config.compile,
+        "mode": config.mode,
+        "nonfinite": "skip" if config.skip_nonfinite else "raise",
+    }
 
 
 def backprop(model: nn.Module, config: Config, seed: int, compiled: bool = False) -> Step:

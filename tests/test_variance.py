@@ -142,7 +142,7 @@ def test_the_best_rate_of_a_parabola_is_found_beyond_the_grid_too(
 ) -> None:
     found = tuning.tuned(Valley, alike(), SHORT, [method], rates, tmp_path)
     # one over the second derivative
-    assert found == {method: 1}
+    assert found == (f"{method}:lr=1",)
     tried = [line["rate"] for line in figures.read(tmp_path / tuning.LINES)[1]]
     assert tried[: len(rates)] == [*rates] and min(tried) < 1 < max(tried)
 
@@ -151,7 +151,7 @@ def test_the_best_rate_of_a_parabola_is_found_beyond_the_grid_too(
 def test_rates_that_diverge_or_stop_lose(tmp_path: Path, method: str) -> None:
     # losses that grow, and losses that are no numbers
     rates = (0.01, 1, 100, 1e32)
-    assert tuning.tuned(Valley, alike(), SHORT, [method], rates, tmp_path) == {method: 1}
+    assert tuning.tuned(Valley, alike(), SHORT, [method], rates, tmp_path) == (f"{method}:lr=1",)
     losses = [line["loss"] for line in figures.read(tmp_path / tuning.LINES)[1]]
     assert losses[0] > losses[1] and losses[2:] == [None, None]
 
