@@ -1,7 +1,8 @@
 """Weights, activations or one layer at a time perturbed: the paper's MLP without a backward pass.
 
     python examples/activity.py --data-root DIR          # MNIST
-    python examples/activity.py --data synthetic-grey
+    python examples/activity.py --data synthetic-grey --runs 5
+    python examples/activity.py --data-root DIR --times  # times of a step anew, on a quiet machine
 
 Each method trains for 20 epochs by Adam in batches of 128 on centred images, at the rate that the
 same search finds for it on held-out training images; the rate decays to a hundredth. Directions are
@@ -23,7 +24,7 @@ from pathlib import Path
 import figures
 import torch
 from figures import Line, machine
-from mnist import arguments
+from mnist import arguments, time_again
 from torch import Tensor, nn
 from tuning import bare, tuned
 
@@ -100,7 +101,7 @@ def noises(build: Callable[[], nn.Module], data: Dataset, config: Config) -> lis
 def main(
     data: Dataset, name: str, out: Path, work: Path, epochs: int, runs: int, compile: bool = True
 ) -> None:
-    """Searches, trains, measures, writes `out/activity-<name>.jsonl` and what is drawn of it."""
+    """Searches, trains, measures, and writes `out/activity-<name>.jsonl`."""
     data = data.centred()
     work = work / f"activity-{name}"
 
@@ -115,7 +116,6 @@ def main(
     out.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(work / "log.jsonl", path)
     figures.append(path, noises(build, data, config))
-    draw(path)
 
 
 def draw(path: Path) -> None:
@@ -172,9 +172,13 @@ if __name__ == "__main__":
     arguments(parser)
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--runs", type=int, default=1)
+    parser.add_argument("--times", action="store_true", help="measures steps again, trains nothing")
     asked = parser.parse_args()
-    if asked.draw:
-        draw(asked.out / f"activity-{asked.data}.jsonl")
-    else:
+    lines = asked.out / f"activity-{asked.data}.jsonl"
+    if not asked.draw:
         images = load(asked.data, asked.data_root, download=False)
-        main(images, asked.data, asked.out, asked.work, asked.epochs, asked.runs)
+        if asked.times:
+            time_again(lines, mlp, images.centred())
+        else:
+            main(images, asked.data, asked.out, asked.work, asked.epochs, asked.runs)
+    draw(lines)

@@ -21,7 +21,7 @@ from tuning import bare, tuned
 
 from fwdcompile.cli import compare
 from fwdcompile.config import Config
-from fwdcompile.data import load
+from fwdcompile.data import Dataset, load
 from fwdcompile.log import read
 from fwdcompile.report import BASES, Report
 from fwdcompile.runner import Runner
@@ -40,6 +40,8 @@ LABELS = {
 SHADES = (BACKPROP, "tab:red", FORWARD, "tab:green", "tab:purple")
 COLORS = dict(zip(LABELS, SHADES, strict=True))
 
+Build = Callable[[Sequence[int], int], nn.Module]
+
 
 @dataclass(frozen=True)
 class Experiment:
@@ -57,7 +59,7 @@ class Experiment:
     """
 
     name: str
-    build: Callable[[Sequence[int], int], nn.Module]
+    build: Build
     lr: float | None
     iterations: int
     every: int
@@ -97,12 +99,10 @@ def run(experiment: Experiment, data_root: Path, data: str, work: Path, out: Pat
     return report
 
 
-def time_again(experiment: Experiment, data_root: Path, data: str, out: Path) -> None:
-    """Measures the times of an experiment anew, on a quiet machine, and replaces their lines."""
-    path = out / f"{experiment.name}.jsonl"
-    images = load(data, data_root, download=False)
+def time_again(path: Path, build: Build, data: Dataset) -> None:
+    """Measures the times of a comparison anew, on a quiet machine, and replaces their lines."""
     config = Report.read(path).config
-    turns = Runner(lambda: experiment.build(images.shape, images.classes), images, config).times()
+    turns = Runner(lambda: build(data.shape, data.classes), data, config).times()
     times = [{"kind": "time", "method": name, "seconds": s} for name, s in turns.items()]
     # results follow from the other lines, and hold the old times
     header, *rest = (line for line in read(path) if line["kind"] not in ("time", "result"))

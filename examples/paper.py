@@ -25,6 +25,7 @@ from mnist import LABELS, Experiment, arguments, draw, finished, run, time_again
 from tuning import bare
 
 from fwdcompile import models
+from fwdcompile.data import load
 from fwdcompile.log import read
 from fwdcompile.report import Report
 
@@ -55,8 +56,10 @@ def main() -> None:
     parser.add_argument("--times", action="store_true", help="measures steps again, trains nothing")
     chosen = parser.parse_args()
     if chosen.times:
-        for experiment in (e for e in experiments() if (chosen.out / f"{e.name}.jsonl").exists()):
-            time_again(experiment, chosen.data_root, chosen.data, chosen.out)
+        images = load(chosen.data, chosen.data_root, download=False)
+        for experiment in experiments():
+            if (path := chosen.out / f"{experiment.name}.jsonl").exists():
+                time_again(path, experiment.build, images)
     elif not chosen.draw:
         for script in (forward_gradient_beale, test_functions):
             if not (chosen.out / f"{script.__name__}.jsonl").exists():

@@ -106,6 +106,7 @@ def test_pages_are_written_from_their_results(module: Any, results: str, documen
     [
         ("paper.md", lambda path: paper.page(path.parent)),
         ("activity-mnist.md", lambda path: activity.page(path.with_suffix(".jsonl"))),
+        ("activity-synthetic-grey.md", lambda path: activity.page(path.with_suffix(".jsonl"))),
     ],
     ids=lambda x: x if isinstance(x, str) else "",
 )

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from fwdcompile.data import Dataset
+from fwdcompile.data import Dataset, load
 from fwdcompile.report import Report
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
@@ -101,8 +101,9 @@ def test_runs_that_were_not_finite_are_counted(tmp_path: Path) -> None:
 
 def test_times_are_measured_again_and_nothing_else(tmp_path: Path) -> None:
     before = run_small(tmp_path)
-    mnist.time_again(SMALL, tmp_path, "digits", tmp_path / "out")
-    after = Report.read(tmp_path / "out" / "logistic-regression.jsonl")
+    path = tmp_path / "out" / "logistic-regression.jsonl"
+    mnist.time_again(path, SMALL.build, load("digits"))
+    after = Report.read(path)
     assert after.traces == before.traces and after.config == before.config
     assert after.turns.keys() == before.turns.keys() and after.turns != before.turns
 
@@ -157,6 +158,7 @@ def test_activity_perturbation_beside_its_rivals(
     out = tmp_path / "out"
     activity.main(blobs(), "blobs", out, tmp_path / "work", epochs=3, runs=1, compile=False)
     path = out / "activity-blobs.jsonl"
+    activity.draw(path)
     rows = {row.method.split(":lr")[0]: row for row in Report.read(path).rows()}
     assert list(rows) == list(labels)
     assert all(row.accuracy > 0.5 for name, row in rows.items() if name != "fgd")
