@@ -22,6 +22,7 @@ from works import Problem, checkpointed
 from fwdcompile import FGD, Normal, Rademacher
 from fwdcompile.config import Config
 from fwdcompile.directions import Directions
+from fwdcompile.distributed import DistributedFGD
 from fwdcompile.methods import METHODS
 
 # small, because the deepest models leave float32 within a few steps of the paper's rate
@@ -59,6 +60,21 @@ def fgd(
     trainer = FGD(problem.model, cross_entropy, **settings, **options)
     trainer.calibrate(problem.x, problem.y)
     return lambda: trainer.step(problem.x, problem.y)
+
+
+def fgd_in_parts(count: int, problem: Problem, compile: bool = True) -> Run:
+    """Rank-one directions, the batch in parts one after another along the same direction."""
+    settings = {"lr": LR, "decay": DECAY, "directions": Rademacher(rank_one=True)}
+    trainer = DistributedFGD(problem.model, cross_entropy, compile=compile, **settings)
+    *parts, last = zip(problem.x.chunk(count), problem.y.chunk(count), strict=True)
+    trainer.calibrate(*last)
+
+    def step() -> Tensor:
+        for part in parts:
+            trainer.accumulate(*part)
+        return trainer.step(*last)
+
+    return step
 
 
 def forward_ad_slope(
@@ -110,6 +126,7 @@ STEPS: dict[str, Callable[[Problem], Run]] = {
     "fgd rank-one": functools.partial(fgd, functools.partial(Rademacher, rank_one=True)),
     "fgd normal": functools.partial(fgd, Normal),
     "fgd normal regenerated": functools.partial(fgd, Normal, store_directions=False),
+    "fgd rank-one in 4 parts": functools.partial(fgd_in_parts, 4),
     "torch-jvp": functools.partial(runner_method, "torch-jvp"),
     "torch-jvp-compiled": functools.partial(runner_method, "torch-jvp-compiled"),
     "torch-jvp-randn-compiled": functools.partial(runner_method, "torch-jvp-randn-compiled"),

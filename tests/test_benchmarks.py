@@ -64,6 +64,13 @@ def test_a_step_returns_the_loss_before_it_and_changes_every_parameter(method: s
     assert all(not torch.equal(a, b) for a, b in zip(before.values(), after, strict=True))
 
 
+def test_a_batch_in_parts_is_the_step_of_the_whole() -> None:
+    whole, parts = tiny(), tiny()
+    STEPS["fgd rank-one"](whole, compile=False)()
+    STEPS["fgd rank-one in 4 parts"](parts, compile=False)()
+    torch.testing.assert_close(copied(parts), copied(whole), rtol=1e-12, atol=0)
+
+
 @pytest.mark.parametrize("method", ["torch-jvp", "forward-ad"])
 def test_peers_move_by_the_slope_that_fwdcompile_finds_along_their_direction(method: str) -> None:
     problem = tiny()
