@@ -10,12 +10,14 @@ import functools
 import math
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.func import functional_call
+from torch.func import functional_call, replace_all_batch_norm_modules_
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy
 from works import Problem, checkpointed
 
@@ -45,6 +47,22 @@ def runner_method(name: str, problem: Problem) -> Run:
     """A method as `fwdcompile train` runs it, with directions from the normal distribution."""
     step = METHODS[name](problem.model, Config(lr=LR, decay=DECAY), 0)
     return lambda: step(problem.x, problem.y)
+
+
+def with_detours(make: Callable[[Problem], Run], problem: Problem) -> Run:
+    """A peer on the detours that torch names where it has no forward derivative.
+
+    Batch norm without running means, and attention by its parts in place of the fused kernel.
+    Plain sequences need none.
+    """
+    if not problem.stages:
+        return make(problem)
+    run = make(replace(problem, model=replace_all_batch_norm_modules_(problem.model)))
+    return lambda: sdpa_kernel(SDPBackend.MATH)(run)()
+
+
+def peer_method(name: str) -> Callable[[Problem], Run]:
+    return functools.partial(with_detours, functools.partial(runner_method, name))
 
 
 def checkpointed_method(name: str, problem: Problem) -> Run:
@@ -127,10 +145,10 @@ STEPS: dict[str, Callable[[Problem], Run]] = {
     "fgd normal": functools.partial(fgd, Normal),
     "fgd normal regenerated": functools.partial(fgd, Normal, store_directions=False),
     "fgd rank-one in 4 parts": functools.partial(fgd_in_parts, 4),
-    "torch-jvp": functools.partial(runner_method, "torch-jvp"),
-    "torch-jvp-compiled": functools.partial(runner_method, "torch-jvp-compiled"),
-    "torch-jvp-randn-compiled": functools.partial(runner_method, "torch-jvp-randn-compiled"),
-    "forward-ad": forward_ad_method,
+    "torch-jvp": peer_method("torch-jvp"),
+    "torch-jvp-compiled": peer_method("torch-jvp-compiled"),
+    "torch-jvp-randn-compiled": peer_method("torch-jvp-randn-compiled"),
+    "forward-ad": functools.partial(with_detours, forward_ad_method),
     "jax-jvp": jax_method,
 }
 PEERS = {"backprop-checkpointed-compiled", "torch-jvp", "torch-jvp-compiled", "forward-ad"}

@@ -82,6 +82,14 @@ def test_peers_move_by_the_slope_that_fwdcompile_finds_along_their_direction(met
         torch.testing.assert_close(moved, expected * dots[name], rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.parametrize("work", ["resnet18", "vit-block", "gpt2-block"])
+@pytest.mark.parametrize("method", ["torch-jvp", "forward-ad"])
+def test_peers_have_the_detours_that_torch_names(work: str, method: str) -> None:
+    problem = WORKS[work].problem(2, CPU, torch.float32)
+    expected = cross_entropy(problem.model(problem.x), problem.y).detach()
+    torch.testing.assert_close(STEPS[method](problem)(), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_forward_ad_finds_the_slope_of_tied_weights() -> None:
     problem = WORKS["gpt2-block"].problem(1, CPU, torch.float64)
     problem.model.attention = nn.Identity()
