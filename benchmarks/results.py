@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections import Counter
+import statistics
 from collections.abc import Callable, Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -134,16 +134,23 @@ def conditions(works: dict[str, Any]) -> str:
     torches = sorted({e["environment"]["torch"] for e in entries})
     jaxes = sorted({e["environment"]["jax"] for e in entries if "jax-jvp" in e["methods"]} - {None})
     dtypes = sorted({e["dtype"] for e in entries})
-    (usual, _), *_ = Counter(e["batch"] for e in entries).most_common()
-    others = [f"{name} {e['batch']}" for name, e in works.items() if e["batch"] != usual]
-    batches = f"batch {usual}" + (f" ({', '.join(others)})" if others else "")
     loads = [e["load"] for e in entries]
     return (
         f"{' and '.join(f'{device}, {threads} threads' for device, threads in sorted(machines))}, "
         f"torch {' and '.join(torches)}, {''.join(f'JAX {v}, ' for v in jaxes)}"
         f"{' and '.join(dtypes)}, load average {min(loads):.1f} to "
-        f"{max(loads):.1f} at the starts, {batches}."
+        f"{max(loads):.1f} at the starts{batches(works)}."
     )
+
+
+def batches(works: dict[str, Any]) -> str:
+    """The batch of entries whose names do not say it."""
+    sizes = {name: entry["batch"] for name, entry in works.items() if "batch" not in name}
+    if not sizes:
+        return ""
+    usual = statistics.mode(sizes.values())
+    others = ", ".join(f"{name} {size}" for name, size in sizes.items() if size != usual)
+    return f", batch {usual}" + (f" ({others})" if others else "")
 
 
 def refusal(error: Exception) -> dict[str, str]:
