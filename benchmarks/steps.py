@@ -58,7 +58,8 @@ def with_detours(make: Callable[[Problem], Run], problem: Problem) -> Run:
     if not problem.stages:
         return make(problem)
     run = make(replace(problem, model=replace_all_batch_norm_modules_(problem.model)))
-    return lambda: sdpa_kernel(SDPBackend.MATH)(run)()
+    detoured: Run = sdpa_kernel(SDPBackend.MATH)(run)
+    return detoured
 
 
 def peer_method(name: str) -> Callable[[Problem], Run]:

@@ -80,6 +80,22 @@ def dense(tangents: Tangents) -> dict[str, Tensor | RankOne]:
     return {name: dense_tensor(dot) for name, dot in tangents.items()}
 
 
+def results(program: Program, outs: Sequence[Any], directions: int | None) -> tuple[Any, Any]:
+    """The primal and tangent outputs in the model's structure; None directions mean one, bare."""
+    outputs: dict[str, Any] = {}
+    dots: list[dict[str, Any]] = [{} for _ in range(directions or 1)]
+    for slot, out in zip(program.outputs, outs, strict=True):
+        if slot.kind == "output":
+            outputs[slot.name] = out
+        elif slot.kind == "tangent":
+            dots[slot.direction][slot.name] = out
+    leaves = tuple((named, name if named else None) for named, name in program.out_spec.leaves)
+    tangent_spec = OutSpec(program.out_spec.tree, leaves)
+    nothing = dict.fromkeys(outputs)
+    built = [tangent_spec.build(nothing | dot) for dot in dots]
+    return program.out_spec.build(outputs), built[0] if directions is None else tuple(built)
+
+
 def _like_primal(name: str, dot: Any, primal: Tensor) -> Tensor | RankOne:
     """A tangent laid out as its primal; the factors of one are contiguous."""
     if isinstance(dot, RankOne):
@@ -163,19 +179,3 @@ def _check_dense(x: Tensor) -> None:
 
 def _text(x: Any) -> str:
     return str(list(x)) if isinstance(x, torch.Size) else str(x)
-
-
-def results(program: Program, outs: Sequence[Any], directions: int | None) -> tuple[Any, Any]:
-    """The primal and tangent outputs in the model's structure; None directions mean one, bare."""
-    outputs: dict[str, Any] = {}
-    dots: list[dict[str, Any]] = [{} for _ in range(directions or 1)]
-    for slot, out in zip(program.outputs, outs, strict=True):
-        if slot.kind == "output":
-            outputs[slot.name] = out
-        elif slot.kind == "tangent":
-            dots[slot.direction][slot.name] = out
-    leaves = tuple((named, name if named else None) for named, name in program.out_spec.leaves)
-    tangent_spec = OutSpec(program.out_spec.tree, leaves)
-    nothing = dict.fromkeys(outputs)
-    built = [tangent_spec.build(nothing | dot) for dot in dots]
-    return program.out_spec.build(outputs), built[0] if directions is None else tuple(built)
