@@ -90,8 +90,8 @@ def run(experiment: Experiment, data_root: Path, data: str, work: Path, out: Pat
     out.mkdir(parents=True, exist_ok=True)
     config = experiment.config
     if experiment.lr is None:
-        short = replace(config, iterations=config.iterations // 10, runs=1)
-        methods = tuned(build, images, short, config.methods, RATES, folder)
+        # as long as the runs: a rate may do well at first, and lose later
+        methods = tuned(build, images, config, config.methods, RATES, folder)
         config = replace(config, methods=methods)
         shutil.copyfile(folder / "tuning.jsonl", out / f"{experiment.name}-search.jsonl")
     report = compare(build, images, config, folder, resume=True)

@@ -31,6 +31,8 @@ from fwdcompile.methods import METHODS
 LINES = "tuning.jsonl"
 # further rates at either end of a grid
 MOST = 12
+# one part in so many of the training set is held out
+SHARE = 5
 Losses = dict[float, float]
 
 
@@ -55,7 +57,7 @@ def tuned(
     Raises:
         ValueError: no run of a method ended well, or the lines there are of another search.
     """
-    path, split = folder / LINES, held_out(data)
+    path, split = folder / LINES, data.held_out(len(data.train[1]) // SHARE)
     _begun(path, split, config)
 
     def rate_of(method: str) -> float:
@@ -68,15 +70,6 @@ def tuned(
 def bare(method: str) -> str:
     """A method without the rate behind its name."""
     return ":".join(part for part in method.split(":") if not part.startswith("lr="))
-
-
-def held_out(data: Dataset) -> Dataset:
-    """The training set alone, a fixed fifth of it in the place of the validation set."""
-    images, labels = data.train
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(1))
-    order = order.to(labels.device)
-    kept, out = order[len(labels) // 5 :], order[: len(labels) // 5]
-    return Dataset((images[kept], labels[kept]), (images[out], labels[out]))
 
 
 def search(loss_at: Callable[[float], float], rates: Sequence[float]) -> Losses:

@@ -178,13 +178,24 @@ def test_a_search_goes_on_and_refuses_another(
         tuning.tuned(Valley, alike(), other, ["backprop"], (0.5, 1, 2), tmp_path)
 
 
-def test_the_search_holds_out_a_fifth_and_never_sees_the_validation_set() -> None:
+def test_the_search_holds_out_a_fifth_and_never_sees_the_validation_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     images = torch.arange(50.0).view(50, 1, 1, 1)
     data = Dataset((images, torch.arange(50) % 2), (images + 100, torch.arange(50) % 2))
-    split = tuning.held_out(data)
-    parts = [set(part[0].flatten().tolist()) for part in (split.train, split.validation)]
-    assert [len(part) for part in parts] == [40, 10]
-    assert parts[0] | parts[1] == set(range(50))
+    splits = []
+
+    def trial(build: object, split: Dataset, *others: object) -> float:
+        splits.append(split)
+        return float(len(splits) != 2)
+
+    monkeypatch.setattr(tuning, "trial", trial)
+    tuning.tuned(Valley, data, SHORT, ["backprop"], (0.5, 1, 2), tmp_path)
+    for split in splits:
+        parts = [set(part[0].flatten().tolist()) for part in (split.train, split.validation)]
+        assert [len(part) for part in parts] == [40, 10]
+        assert parts[0] | parts[1] == set(range(50))
+    assert len(splits) == 3
 
 
 def digits(count: int = 40) -> Dataset:
