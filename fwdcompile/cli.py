@@ -87,7 +87,7 @@ def train(
         str, typer.Option(help=f"what workers share, under torchrun: {' or '.join(SHARES)}")
     ] = "data",
     resume: Annotated[
-        bool, typer.Option("--resume", help="go on from the checkpoint in --out, if there is one")
+        bool, typer.Option("--resume", help="go on from --out, maybe for more --runs")
     ] = False,
     out: Annotated[Path, typer.Option(help="directory for the log and the picture")] = Path("runs"),
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1")] = "cpu",

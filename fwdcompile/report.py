@@ -98,6 +98,8 @@ class Report:
             for name, value in records[0]["config"].items()
             if name in names and value is not None
         }
+        # more runs than at first, where a comparison was resumed for more
+        settings["runs"] = max(r.get("runs", 1) for r in (settings, *records))
         config = Config(**settings)
         turns = {r["method"]: r["seconds"] for r in records if r["kind"] == "time"}
         traces: dict[tuple[str, int], Trace] = {}

@@ -47,10 +47,11 @@ class Runner:
         log: a directory for `log.jsonl` (a header, the times, a line for each look at the
             validation set and each end of a run, a line for each method's result) and
             `checkpoint.pt`, which is written at each look; None writes nothing. Where a run goes on
-            under other versions or hardware, a line "resumed" has them: its bits may differ.
+            under other versions or hardware, or for more runs, a line "resumed" has them: under
+            other ones its bits may differ.
         tensorboard: writes TensorBoard's event files there, too.
         resume: goes on from the checkpoint there, to the very weights of a run that was never
-            stopped, given as many threads; begins where there is none.
+            stopped, given as many threads; begins where there is none. Only `runs` may have grown.
         progress: called with the method's name and the number of steps that it has done since.
 
     Raises:
@@ -96,8 +97,10 @@ class Runner:
                     log.write({"kind": "time", "method": name, "seconds": seconds})
                 self._save(log, report)
             else:
-                if (now := environment(self.device)) != state.get("environment", now):
-                    log.write({"kind": "resumed", **now})
+                here, runs = environment(self.device), self.config.runs
+                was = state.get("environment", here), state["comparison"]["runs"]
+                if was != (here, runs):
+                    log.write({"kind": "resumed", **here, "runs": runs})
                 report = Report(self.config, state["turns"], [Trace(**t) for t in state["traces"]])
             self._go_on(report, state["current"] if state else None, log)
             for row in report.rows():
@@ -241,7 +244,8 @@ class Runner:
         state["comparison"] = asdict(Config()) | state["comparison"]  # of before a setting was new
         for name, mine in self._identity().items():
             for key, value in mine.items():
-                if state[name].get(key) != value:
+                more = key == "runs" and value > state[name][key]
+                if state[name].get(key) != value and not more:
                     raise CheckpointError(
                         f"the checkpoint in {self.folder} is of another {name}: {key} was "
                         f"{state[name].get(key)}, is {value}; begin without --resume"

@@ -272,6 +272,20 @@ def test_a_checkpoint_of_another_comparison_is_refused(tmp_path: Path) -> None:
     assert read(tmp_path)[0]["config"]["lr"] == 0.5
 
 
+def test_a_comparison_goes_on_for_more_runs_but_not_for_fewer(tmp_path: Path) -> None:
+    config, more = (settings(methods=("backprop", "fgd"), runs=runs) for runs in (1, 3))
+    compare(more, log=tmp_path / "whole")
+    compare(config, log=tmp_path / "grown")
+    compare(more, log=tmp_path / "grown", resume=True)
+    whole, found = (Report.read(tmp_path / name / "log.jsonl") for name in ("whole", "grown"))
+    assert found.config == more and len(found.traces) == 6
+    assert found.traces == whole.traces
+    results = [line for line in read(tmp_path / "grown") if line["kind"] == "result"]
+    assert [line["method"] for line in results] == ["backprop", "fgd"]
+    with pytest.raises(CheckpointError, match="runs was 3, is 1"):
+        compare(config, log=tmp_path / "grown", resume=True)
+
+
 def test_a_checkpoint_from_before_a_setting_was_new_has_its_default(tmp_path: Path) -> None:
     compare(settings(methods=("backprop",)), log=tmp_path)
     path = tmp_path / "checkpoint.pt"
