@@ -3,7 +3,7 @@
 A fixed fifth of the training set is held out from the search; the validation set is never looked
 at. Each method trains once at each rate, and the rate of the lowest loss on what was held out
 wins. A run that stops, or whose loss grows tenfold, loses. While the best rate is at an end of the
-grid, the grid goes on there by its own factor.
+grid, the grid goes on there by its own factor; then it may be made finer around the best.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ def tuned(
     methods: Sequence[str],
     rates: Sequence[float],
     folder: Path,
+    halvings: int = 0,
 ) -> tuple[str, ...]:
     """The methods, each with its best learning rate behind its name.
 
@@ -53,6 +54,7 @@ def tuned(
         methods: as `Config` names them, without a rate of their own.
         rates: a geometric grid of at least two, rising, equal for all methods.
         folder: keeps `tuning.jsonl`, a line for each run; runs that are there are not done again.
+        halvings: how often two more rates, halfway to the neighbours of the best, are tried.
 
     Raises:
         ValueError: no run of a method ended well, or the lines there are of another search.
@@ -61,8 +63,8 @@ def tuned(
     _begun(path, split, config)
 
     def rate_of(method: str) -> float:
-        losses = search(functools.partial(_kept, path, build, split, config, method), rates)
-        return best(losses, method)
+        loss_at = functools.partial(_kept, path, build, split, config, method)
+        return best(search(loss_at, rates, halvings), method)
 
     return tuple(f"{method}:lr={rate_of(method):g}" for method in methods)
 
@@ -72,28 +74,38 @@ def bare(method: str) -> str:
     return ":".join(part for part in method.split(":") if not part.startswith("lr="))
 
 
-def search(loss_at: Callable[[float], float], rates: Sequence[float]) -> Losses:
+def search(loss_at: Callable[[float], float], rates: Sequence[float], halvings: int = 0) -> Losses:
     """Losses by rate, over the grid and beyond its ends until the lowest is between two others."""
     losses = {rate: loss_at(rate) for rate in rates}
     factor = (rates[-1] / rates[0]) ** (1 / (len(rates) - 1))
-    for _ in range(MOST):
-        least, most = min(losses), max(losses)
-        lowest = min(losses, key=lambda rate: losses[rate])
-        # where all lose, smaller rates may not
-        if lowest == least or losses[lowest] == math.inf:
-            rate = least / factor
-        elif lowest == most:
-            rate = most * factor
-        else:
-            break
+
+    def attempt(rate: float) -> None:
         rate = figures.short(rate)
         losses[rate] = loss_at(rate)
+
+    for _ in range(MOST):
+        least, most, lowest = min(losses), max(losses), _lowest(losses)
+        # where all lose, smaller rates may not
+        if lowest == least or losses[lowest] == math.inf:
+            attempt(least / factor)
+        elif lowest == most:
+            attempt(most * factor)
+        else:
+            break
+    for _ in range(halvings):
+        factor, lowest = math.sqrt(factor), _lowest(losses)
+        attempt(lowest / factor)
+        attempt(lowest * factor)
     return losses
+
+
+def _lowest(losses: Losses) -> float:
+    return min(losses, key=lambda rate: losses[rate])
 
 
 def best(losses: Losses, method: str) -> float:
     """The rate of the lowest loss."""
-    rate = min(losses, key=lambda rate: losses[rate])
+    rate = _lowest(losses)
     if losses[rate] == math.inf:
         raise ValueError(f"{method}: no rate from {min(losses):g} to {max(losses):g} ended well")
     return rate

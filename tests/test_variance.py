@@ -163,6 +163,13 @@ def test_a_search_where_all_rates_lose_goes_down_and_then_says_so(tmp_path: Path
         tuning.best(losses, "fgd")
 
 
+def test_a_search_gets_finer_around_the_best_rate() -> None:
+    losses = tuning.search(lambda rate: abs(math.log(rate / 2.7)), (0.1, 1, 10), halvings=2)
+    # half of a step, then a quarter
+    assert [*losses] == [0.1, 1, 10, 0.316228, 3.16228, 1.77828, 5.62341]
+    assert tuning.best(losses, "fgd") == 3.16228
+
+
 def test_a_search_goes_on_and_refuses_another(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
