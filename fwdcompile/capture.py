@@ -41,6 +41,7 @@ from .parts import (
     register_dataclasses,
 )
 from .program import OutSpec, Program, Slot, identifier, op_name, rename, value
+from .reverse import recorded
 from .sizes import Sym, open_first, thaw
 from .subgraph import adopt
 
@@ -149,9 +150,7 @@ def _export(
             stack.enter_context(known_shapes())
             shapes = open_first(args, kwargs) if dynamic else None
             with preserve_node_meta():  # the source lines in the branches of a torch.cond
-                exported = torch.export.export(
-                    root, args, kwargs, dynamic_shapes=shapes, strict=False
-                )
+                exported = recorded(root, args, kwargs, shapes)
             refuse_hidden_writes(exported)
             thaw(exported.graph)
             lowering = default_decompositions()

@@ -10,12 +10,14 @@ from unittest import mock
 import torch
 from torch import Tensor
 from torch._C import DispatchKey
+from torch._higher_order_ops import effects
 from torch.nn import functional
 from torch.nn.modules import transformer
 
 from . import rule
 
 _gaussian_nll_loss = functional.gaussian_nll_loss
+_effects = effects.has_effects
 
 
 @contextmanager
@@ -25,7 +27,8 @@ def without_value_checks() -> Iterator[None]:
     `nn.Transformer` and its parts ask whether a mask is causal, to choose a faster kernel: the
     program applies the mask as it is. `nn.GaussianNLLLoss` asks whether a variance is negative:
     the program takes it for `eps`, as the loss does with what is below it. `torch.cov` and
-    `torch.corrcoef` ask whether weights are valid, and are captured as what lowers them.
+    `torch.corrcoef` ask whether weights are valid, and are captured as what lowers them. Whether a
+    matrix was singular is no effect that keeps its place among others.
     """
     with ExitStack() as stack:
         for op in (torch.ops.aten.cov.default, torch.ops.aten.corrcoef.default):
@@ -34,6 +37,7 @@ def without_value_checks() -> Iterator[None]:
         for owner, name, instead in (
             (transformer, "_detect_is_causal_mask", _is_causal),
             (functional, "gaussian_nll_loss", _unchecked),
+            (effects, "has_effects", _has_effects),
         ):
             stack.enter_context(mock.patch.object(owner, name, instead))
         yield
@@ -46,3 +50,7 @@ def _is_causal(mask: Tensor | None, is_causal: bool | None = None, size: int | N
 def _unchecked(*args: Any, **kwargs: Any) -> Tensor:
     with mock.patch.object(torch, "any", return_value=False):
         return _gaussian_nll_loss(*args, **kwargs)
+
+
+def _has_effects(op: Any, *args: Any) -> bool:
+    return op is not torch.ops.aten._linalg_check_errors.default and bool(_effects(op, *args))

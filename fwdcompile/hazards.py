@@ -119,6 +119,11 @@ def explain(error: Exception) -> str:
             f"{where}A branch or loop body makes a tensor from numbers (torch.tensor), which "
             "torch.export cannot capture there.\n  Make it before, or with torch.full."
         )
+    if "fake tensor in the exported program" in text:
+        return (
+            f"{where}The model makes tensors that capture does not see, as torch.autograd.grad and "
+            "backward() do.\n  Differentiate with torch.func.grad, vjp or jacrev inside a model."
+        )
     return f"{where}The model cannot be captured: {type(error).__name__}: {text}"
 
 

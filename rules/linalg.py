@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..rule import joint, jvp, multilinear
+from ..rule import joint, jvp, lowerings, multilinear
 from .elementwise import times
 from .reduction import norm_dot
 
@@ -136,3 +137,31 @@ def _pdist(d: Tensor, self: Tensor, p: float, out: Tensor) -> Tensor:
 
 
 jvp(aten._pdist_forward.default, self=_pdist)
+
+
+def _slope(x: Tensor, p: float, norm: Tensor) -> Tensor:
+    """The derivative of the p-norm along the last dimension of x; where it is zero, zero."""
+    norm = norm.unsqueeze(-1)
+    if p == 0:
+        return torch.zeros_like(x)
+    if math.isinf(p):
+        return x.sign() * (x.abs() == norm)
+    if p == 1:
+        return x.sign()
+    slope = x / norm if p == 2 else x.sign() * (x.abs() / norm).pow(p - 1).masked_fill(x == 0, 0)
+    return slope.masked_fill(norm == 0, 0)
+
+
+def _cdist_backward(grad: Tensor, x1: Tensor, x2: Tensor, p: float, cdist: Tensor) -> Tensor:
+    return (grad.unsqueeze(-1) * _slope(_rows(x1) - _columns(x2), p, cdist)).sum(-2)
+
+
+def _pdist_backward(grad: Tensor, self: Tensor, p: float, pdist: Tensor) -> Tensor:
+    size = self.shape[0]
+    first, second = torch.triu_indices(size, size, 1, device=self.device).unbind()
+    moved = grad.unsqueeze(-1) * _slope(self[first] - self[second], p, pdist)
+    return torch.zeros_like(self).index_add(0, first, moved).index_add(0, second, -moved)
+
+
+lowerings[aten._cdist_backward.default] = _cdist_backward
+lowerings[aten._pdist_backward.default] = _pdist_backward

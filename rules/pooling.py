@@ -196,12 +196,5 @@ def _corner(pixels: Tensor, sizes: Sequence[int], taps: Sequence[Tap]) -> Tensor
     return pixels.gather(2, index) * weight_dot.flatten(1).unsqueeze(1)
 
 
-# Where an output came from does not move.
-jvp(
-    aten.max_pool2d_with_indices_backward.default,
-    grad_output=lambda d, call: call(grad_output=d),
-    self=lambda d: None,
-)
-
 for _op in (aten.grid_sampler_2d.default, aten.grid_sampler_3d.default):
     jvp(_op, input=lambda d, call: call(input=d), grid=_grid_dot)

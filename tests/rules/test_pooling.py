@@ -135,13 +135,6 @@ def test_grid_sampler_agrees_with_autograd_at_the_border() -> None:
         torch.testing.assert_close(out_dot.flatten(), torch.stack(rows))
 
 
-def test_pooled_gradients() -> None:
-    x = _t(2, 3, 6, 6)
-    out, index = aten.max_pool2d_with_indices(x, [2, 2])
-    args = (torch.ones_like(out), x, [2, 2], [2, 2], [0, 0], [1, 1], False, index)
-    check(aten.max_pool2d_with_indices_backward.default, *args, oracle="difference")
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_dtype(dtype: torch.dtype) -> None:
     x = X2.to(dtype)

@@ -1,0 +1,56 @@
+"""Reverse mode inside a captured function: `torch.func.grad`, `vjp`, `jacrev`, `hessian`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import nn
+from torch._functorch import eager_transforms
+from torch.export._trace import _export
+from torch.export.exported_program import ExportedProgram
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+# where grad, vjp and jvp of torch.func begin a level of their own
+_LEVELS = ("grad_increment_nesting", "jvp_increment_nesting")
+
+
+class _TransformError(Exception):
+    """Not for users: the captured function calls a transform of torch.func."""
+
+
+def recorded(
+    root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any
+) -> ExportedProgram:
+    """What `torch.export.export` gives, also for a function that differentiates by itself.
+
+    Export records above autograd, and there loses what a transform of torch.func computes. Such a
+    function is recorded below autograd, as the ops of its forward and its backward run; attention
+    then by its parts, as torch has no derivative of a fused kernel's backward.
+
+    Args:
+        root: whose forward is recorded.
+        args: example positional arguments.
+        kwargs: example keyword arguments.
+        shapes: as `dynamic_shapes` of `torch.export.export`.
+    """
+    try:
+        with _stopped_at_transforms():
+            return torch.export.export(root, args, kwargs, dynamic_shapes=shapes, strict=False)
+    except _TransformError:
+        with sdpa_kernel(SDPBackend.MATH):
+            return _export(
+                root, args, kwargs, dynamic_shapes=shapes, strict=False, pre_dispatch=False
+            )
+
+
+@contextmanager
+def _stopped_at_transforms() -> Iterator[None]:
+    def stop() -> Any:
+        raise _TransformError
+
+    with mock.patch.multiple(eager_transforms, **dict.fromkeys(_LEVELS, stop)):
+        yield
