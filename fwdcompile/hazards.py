@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from operator import getitem
 from pathlib import Path
@@ -17,6 +17,8 @@ from torch import fx
 from torch._ops import OpOverload
 from torch.export.exported_program import ExportedProgram
 from torch.fx.proxy import TracerBase
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import rule
 from .errors import CaptureError
@@ -83,12 +85,15 @@ def refuse_autograd_functions() -> Iterator[None]:
         raise met[0]
 
 
+def _line(frame: traceback.FrameSummary | None) -> str:
+    return f"{frame.filename}:{frame.lineno}: {frame.line}" if frame else "unknown line"
+
+
 def _refused(function: type, frame: traceback.FrameSummary | None) -> CaptureError:
-    where = f"{frame.filename}:{frame.lineno}: {frame.line}" if frame else "unknown line"
     return CaptureError(
-        f"{where}\n  {function.__qualname__} is a torch.autograd.Function: capture would inline "
-        "its forward and drop its own derivative.\n  Write it as plain torch ops, or make it a "
-        "torch.library.custom_op and give that op a row with fwdcompile.rule.jvp."
+        f"{_line(frame)}\n  {function.__qualname__} is a torch.autograd.Function: capture would "
+        "inline its forward and drop its own derivative.\n  Write it as plain torch ops, or make "
+        "it a torch.library.custom_op and give that op a row with fwdcompile.rule.jvp."
     )
 
 
@@ -159,14 +164,46 @@ def refuse_hidden_writes(exported: ExportedProgram) -> None:
     modules = [m for m in exported.graph_module.modules() if isinstance(m, fx.GraphModule)]
     for node in (node for module in modules for node in module.graph.nodes):
         if node.target is aten.detach_.default and not _is_new(node.args[0]):
-            raise CaptureError(_told(node, "takes the tangent off a tensor", "x = x.detach()"))
+            raise _taken_off(_place(node))
         for written in _written(node):
             detached, origin = _origin(written)
             if detached and origin.name not in buffers and is_differentiable(value(written)):
-                effect = (
-                    "changes the value of a tensor, through a detached one, but not its tangent"
-                )
-                raise CaptureError(_told(node, effect, "x.detach().clone()"))
+                raise _hidden(node.target, _place(node))
+
+
+class _HiddenWrites(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Looks at ops as they run, and refuses a write to memory that a detached tensor shares."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._detached: dict[int, Any] = {}  # storages by address, kept so that none is used again
+
+    def __torch_dispatch__(
+        self, func: OpOverload, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        for x in _written_by(func, args, kwargs):
+            if is_differentiable(x) and x.untyped_storage()._cdata in self._detached:
+                raise _hidden(func, _line(user_frame(traceback.extract_stack()[:-1])))
+        out = func(*args, **kwargs)
+        if func is aten.detach.default:
+            storage = out.untyped_storage()
+            self._detached[storage._cdata] = storage
+        return out
+
+
+@contextmanager
+def refused_hidden_writes() -> Iterator[None]:
+    """`refuse_hidden_writes` for what is recorded below autograd, into a program without writes.
+
+    `Tensor.detach_` is no op there, and is refused where Python calls it.
+    """
+    with mock.patch.object(torch.Tensor, "detach_", _detach_), _HiddenWrites():
+        yield
+
+
+def _detach_(x: torch.Tensor) -> None:
+    raise _taken_off(_line(user_frame(traceback.extract_stack()[:-1])))
 
 
 def _is_new(node: fx.Node) -> bool:
@@ -174,25 +211,41 @@ def _is_new(node: fx.Node) -> bool:
     return node.target in (aten.lift_fresh.default, aten.lift_fresh_copy.default)
 
 
-def _told(node: fx.Node, effect: str, instead: str) -> str:
+def _place(node: fx.Node) -> str:
     file, line, code = source_of(node) or ("unknown file", 0, "")
-    return (
-        f"{file}:{line}: {code}\n  {node.target} {effect}, in place: a captured program cannot say "
+    return f"{file}:{line}: {code}"
+
+
+def _taken_off(where: str) -> CaptureError:
+    return _told(where, aten.detach_.default, "takes the tangent off a tensor", "x = x.detach()")
+
+
+def _hidden(op: Any, where: str) -> CaptureError:
+    effect = "changes the value of a tensor, through a detached one, but not its tangent"
+    return _told(where, op, effect, "x.detach().clone()")
+
+
+def _told(where: str, op: Any, effect: str, instead: str) -> CaptureError:
+    return CaptureError(
+        f"{where}\n  {op} {effect}, in place: a captured program cannot say "
         f"that.\n  Use {instead} and write to the result."
     )
 
 
 def _written(node: fx.Node) -> list[fx.Node]:
-    """The arguments that an op writes to."""
+    """The arguments that a node's op writes to."""
     if node.op != "call_function" or not isinstance(node.target, OpOverload):
         return []
-    schema = node.target._schema
-    given = dict(zip((a.name for a in schema.arguments), node.args, strict=False)) | node.kwargs
     written: list[fx.Node] = []
-    for argument in schema.arguments:
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            fx.map_arg(given.get(argument.name), written.append)
+    fx.map_arg(_written_by(node.target, node.args, node.kwargs), written.append)
     return written
+
+
+def _written_by(op: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+    arguments = op._schema.arguments
+    given = dict(zip((a.name for a in arguments), args, strict=False)) | dict(kwargs)
+    written = (a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write)
+    return pytree.tree_leaves([given[name] for name in written if name in given])
 
 
 def _origin(node: fx.Node) -> tuple[bool, fx.Node]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
 
@@ -13,6 +13,8 @@ from torch._functorch import eager_transforms
 from torch.export._trace import _export
 from torch.export.exported_program import ExportedProgram
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from .hazards import refused_hidden_writes
 
 # where grad, vjp and jvp of torch.func begin a level of their own
 _LEVELS = ("grad_increment_nesting", "jvp_increment_nesting")
@@ -41,10 +43,11 @@ def recorded(
         with _stopped_at_transforms():
             return torch.export.export(root, args, kwargs, dynamic_shapes=shapes, strict=False)
     except _TransformError:
-        with sdpa_kernel(SDPBackend.MATH):
-            return _export(
+        with sdpa_kernel(SDPBackend.MATH), _watched(type(root)):
+            below: ExportedProgram = _export(
                 root, args, kwargs, dynamic_shapes=shapes, strict=False, pre_dispatch=False
             )
+            return below
 
 
 @contextmanager
@@ -52,5 +55,19 @@ def _stopped_at_transforms() -> Iterator[None]:
     def stop() -> Any:
         raise _TransformError
 
-    with mock.patch.multiple(eager_transforms, **dict.fromkeys(_LEVELS, stop)):
+    with ExitStack() as stack:
+        for level in _LEVELS:
+            stack.enter_context(mock.patch.object(eager_transforms, level, stop))
+        yield
+
+
+@contextmanager
+def _watched(kind: type[nn.Module]) -> Iterator[None]:
+    forward = kind.forward
+
+    def watched(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        with refused_hidden_writes():
+            return forward(self, *args, **kwargs)
+
+    with mock.patch.object(kind, "forward", watched):
         yield

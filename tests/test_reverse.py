@@ -194,3 +194,45 @@ def test_a_buffer_written_inside_a_gradient_is_refused() -> None:
     model = nn.BatchNorm1d(3).double()
     with pytest.raises(CaptureError, match="would mutate a captured Tensor"):
         fwdcompile.jvp(grad(lambda x: model(x).square().sum()), (normal(4, 3),), (normal(4, 3),))
+
+
+def through_a_view(x: Tensor) -> Tensor:
+    y = x * 1.5
+    y.detach()[0].mul_(2)
+    return y
+
+
+def through_data(x: Tensor) -> Tensor:
+    y = x * 1.5
+    y.data += 1
+    return y
+
+
+@pytest.mark.parametrize(
+    ("write", "op"),
+    [
+        (through_a_view, "aten.mul_.Tensor"),
+        (through_data, "aten.add_.Tensor"),
+        (lambda x: x.cos().detach_(), "aten.detach_.default"),
+        (lambda x: grad(lambda x: through_a_view(x).sin().sum())(x), "aten.mul_.Tensor"),
+    ],
+)
+def test_hidden_writes_beside_a_gradient_are_refused(
+    write: Callable[[Tensor], Tensor], op: str
+) -> None:
+    def f(x: Tensor) -> Tensor:
+        return grad(lambda x: x.sin().sum())(x) + write(x)
+
+    with pytest.raises(CaptureError, match=f"test_reverse.py:\\d+: (.|\\n)*{op}"):
+        fwdcompile.jvp(f, (normal(3),), (normal(3),))
+
+
+def test_plain_writes_beside_a_gradient_are_kept() -> None:
+    def f(x: Tensor) -> Tensor:
+        y = x.detach().clone()
+        y.mul_(2)
+        return grad(lambda x: x.clone().mul_(x).sin_().sum())(x) + y * x
+
+    x, x_dot = normal(3), normal(3, seed=1)
+    found = fwdcompile.jvp(f, (x,), (x_dot,))
+    torch.testing.assert_close(found, torch.func.jvp(f, (x,), (x_dot,)))

@@ -54,6 +54,69 @@ def _some(count: int) -> list[Any]:
     return [pytest.param(n, marks=slow if i % count else ()) for i, n in enumerate(ENTRIES)]
 
 
+# Entries whose gradient torch has no derivative of, or a wrong one.
+GRADIENT_DIFFERENCE = {
+    "cdist",
+    "cholesky_inverse",
+    "logcumsumexp",
+    "nn_functional_hardsigmoid",
+    "nn_functional_multi_margin_loss",
+    "nn_functional_multilabel_margin_loss",
+    "nn_functional_pdist",
+    "triangular_solve",
+}
+# Entries whose gradient is refused, and words of the reason.
+GRADIENT_REFUSED = {
+    **dict.fromkeys(
+        (
+            "_batch_norm_with_update",
+            "linalg_pinv",
+            "native_batch_norm",
+            "nn_functional_instance_norm",
+            "nn_functional_linear_cross_entropy_chunked",
+            "nn_functional_soft_margin_loss",
+        ),
+        "is not differentiable with respect to argument",  # by torch
+    ),
+    **dict.fromkeys(
+        (
+            "_segment_reduce_lengths",
+            "_segment_reduce_offsets",
+            "grid_sampler_2d",
+            "grid_sampler_3d",
+            "nn_functional_embedding_bag",
+            "nn_functional_grid_sample",
+            "nn_functional_rrelu",
+        ),
+        "_backward.default, node .* no row",
+    ),
+    **dict.fromkeys(
+        ("index_reduce_prod", "scatter_reduce_prod", "tensor_split"), "by the value of a tensor"
+    ),
+    "nextafter": "no row",
+    "nn_functional_ctc_loss": "second derivative of ctc_loss is not known",
+    "nn_functional_linear_cross_entropy_chunked_none": "autograd.Function with functorch",
+    "sparse_mm_reduce": "use x.to_dense",
+    "sparse_sampled_addmm": "use x.to_dense",
+    "to_sparse": "keep the tensor dense",
+}
+
+
+@pytest.mark.parametrize("name", _some(8))
+def test_gradients(name: str) -> None:
+    oracle = "difference" if name in GRADIENT_DIFFERENCE else "jvp"
+    for case in opinfo.cases(ENTRIES[name], limit=SOME):
+        if (
+            not case.active or name == "narrow"
+        ):  # whose start is a tensor that torch.func.grad wraps
+            continue
+        if name not in GRADIENT_REFUSED:
+            opinfo.check(opinfo.gradient(case), *TOLERANCES.get(name, (1e-7, 1e-7)), oracle)
+            continue
+        with pytest.raises(fwdcompile.FwdcompileError, match=GRADIENT_REFUSED[name]):
+            opinfo.check(opinfo.gradient(case), 1e-7, 1e-7)
+
+
 # Entries without a check of variants, and why.
 NO_VARIANTS = {
     **dict.fromkeys(
@@ -61,10 +124,6 @@ NO_VARIANTS = {
     ),
     **dict.fromkeys(
         ("masked_select", "linalg_lstsq"), "torch knows no shapes for the out= variant"
-    ),
-    **dict.fromkeys(
-        ("linalg_cholesky", "linalg_lu_factor", "linalg_inv", "linalg_solve"),
-        "torch.export orders checks for errors by tokens",
     ),
     "fft_ihfftn": "torch's out= variant gives other numbers, run by torch",
     **dict.fromkeys(
