@@ -146,6 +146,9 @@ def panels(report: Report, axes: list[Axes]) -> None:
         bold = {"color": COLORS[bare(method)], "lw": 1.6, "label": LABELS[bare(method)]}
         by_iteration.plot(iterations, losses, **bold)
         by_time.plot(seconds, losses, **bold)
+    start = max(trace.validation_loss[0] for trace in report.traces)
+    for ax in (by_iteration, training):  # a run that diverges leaves the picture
+        ax.set_ylim(top=min(ax.get_ylim()[1], 2 * start))
     mark_times(report, by_time)
     by_iteration.set(xlabel="iteration", ylabel="validation loss")
     by_time.set(xlabel="seconds of training", ylabel="validation loss")
