@@ -91,7 +91,8 @@ def run(experiment: Experiment, data_root: Path, data: str, work: Path, out: Pat
     config = experiment.config
     if experiment.lr is None:
         # as long as the runs: a rate may do well at first, and lose later
-        methods = tuned(build, images, config, config.methods, RATES, folder, halvings=1)
+        one = replace(config, runs=1)  # so that the runs may grow later
+        methods = tuned(build, images, one, config.methods, RATES, folder, halvings=1)
         config = replace(config, methods=methods)
         shutil.copyfile(folder / "tuning.jsonl", out / f"{experiment.name}-search.jsonl")
     report = compare(build, images, config, folder, resume=True)

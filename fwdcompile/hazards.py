@@ -89,6 +89,11 @@ def _line(frame: traceback.FrameSummary | None) -> str:
     return f"{frame.filename}:{frame.lineno}: {frame.line}" if frame else "unknown line"
 
 
+def _here() -> str:
+    """The user's line that led to the function which asks."""
+    return _line(user_frame(traceback.extract_stack()[:-2]))
+
+
 def _refused(function: type, frame: traceback.FrameSummary | None) -> CaptureError:
     return CaptureError(
         f"{_line(frame)}\n  {function.__qualname__} is a torch.autograd.Function: capture would "
@@ -110,7 +115,7 @@ def known_shapes() -> Iterator[None]:
 def explain(error: Exception) -> str:
     """What went wrong in capture, with the user's line in front."""
     frame = user_frame(traceback.extract_tb(error.__traceback__))
-    where = f"{frame.filename}:{frame.lineno}: {frame.line}\n  " if frame else ""
+    where = f"{_line(frame)}\n  " if frame else ""
     text = _first_line(str(error))
     if "data-dependent" in text.lower() or "DataDependent" in type(error).__name__:
         what, *_ = text.split(". Hint:")
@@ -184,7 +189,7 @@ class _HiddenWrites(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         for x in _written_by(func, args, kwargs):
             if is_differentiable(x) and x.untyped_storage()._cdata in self._detached:
-                raise _hidden(func, _line(user_frame(traceback.extract_stack()[:-1])))
+                raise _hidden(func, _here())
         out = func(*args, **kwargs)
         if func is aten.detach.default:
             storage = out.untyped_storage()
@@ -203,7 +208,7 @@ def refused_hidden_writes() -> Iterator[None]:
 
 
 def _detach_(x: torch.Tensor) -> None:
-    raise _taken_off(_line(user_frame(traceback.extract_stack()[:-1])))
+    raise _taken_off(_here())
 
 
 def _is_new(node: fx.Node) -> bool:

@@ -130,9 +130,13 @@ jvp(
 )
 
 
+def _pairs(x: Tensor) -> tuple[Tensor, ...]:
+    """The numbers of the first and of the second row of each pair, in pdist's order."""
+    return torch.triu_indices(len(x), len(x), 1, device=x.device).unbind()
+
+
 def _pdist(d: Tensor, self: Tensor, p: float, out: Tensor) -> Tensor:
-    size = self.shape[0]
-    first, second = torch.triu_indices(size, size, 1, device=self.device).unbind()
+    first, second = _pairs(self)
     return norm_dot(d[first] - d[second], self[first] - self[second], p, out, -1)
 
 
@@ -157,8 +161,7 @@ def _cdist_backward(grad: Tensor, x1: Tensor, x2: Tensor, p: float, cdist: Tenso
 
 
 def _pdist_backward(grad: Tensor, self: Tensor, p: float, pdist: Tensor) -> Tensor:
-    size = self.shape[0]
-    first, second = torch.triu_indices(size, size, 1, device=self.device).unbind()
+    first, second = _pairs(self)
     moved = grad.unsqueeze(-1) * _slope(self[first] - self[second], p, pdist)
     return torch.zeros_like(self).index_add(0, first, moved).index_add(0, second, -moved)
 

@@ -106,9 +106,8 @@ GRADIENT_REFUSED = {
 def test_gradients(name: str) -> None:
     oracle = "difference" if name in GRADIENT_DIFFERENCE else "jvp"
     for case in opinfo.cases(ENTRIES[name], limit=SOME):
-        if (
-            not case.active or name == "narrow"
-        ):  # whose start is a tensor that torch.func.grad wraps
+        # the start of narrow is a tensor, which torch.func.grad wraps
+        if not case.active or name == "narrow":
             continue
         if name not in GRADIENT_REFUSED:
             opinfo.check(opinfo.gradient(case), *TOLERANCES.get(name, (1e-7, 1e-7)), oracle)
