@@ -20,7 +20,6 @@ from results import (
     conditions,
     entry_name,
     header,
-    methods_for,
     parser,
     refusal,
     refusals,
@@ -61,7 +60,7 @@ def main() -> None:
     runs = [(w, options.batch or WORKS[w].batch) for w in options.works or ()]
     for work, batch in runs or RUNS:
         entry = header(work, batch, options.dtype, options.device) | {"methods": {}}
-        for method in methods_for(work, options.methods):
+        for method in options.methods or list(STEPS):
             cell = fresh(work, method, batch, options.device, options.dtype)
             entry["methods"][method] = cell
             print(work, batch, method, cell, flush=True)

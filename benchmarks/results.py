@@ -43,11 +43,6 @@ def publish(directory: Path, name: str, result: dict[str, Any], page: str) -> No
     print(page)
 
 
-def methods_for(work: str, asked: list[str] | None) -> list[str]:
-    """What was asked for, or all; the JAX peer is written for sequences of layers only."""
-    return [m for m in asked or STEPS if m != "jax-jvp" or not WORKS[work].stages]
-
-
 def entry_name(work: str, batch: int, dtype: str) -> str:
     """The work, and what of the run is not the default."""
     name = work if batch == WORKS[work].batch else f"{work}, batch {batch}"

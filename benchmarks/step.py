@@ -24,7 +24,6 @@ from results import (
     entry_name,
     header,
     load,
-    methods_for,
     parser,
     refusal,
     refusals,
@@ -74,7 +73,7 @@ def run_works(options: argparse.Namespace, path: Path) -> None:
         entry = header(work, batch, options.dtype, options.device) | {"pairs": options.pairs}
         entry["methods"] = measure(
             WORKS[work],
-            methods_for(work, options.methods),
+            options.methods or list(STEPS),
             batch,
             torch.device(options.device),
             DTYPES[options.dtype],

@@ -76,7 +76,7 @@ def take_turns(
         inner: steps a turn.
         device: what the steps run on.
         pairs: turns that each method takes, after `WARM_UP` steps that do not count.
-        pause: seconds of rest before each turn.
+        pause: seconds of rest before each turn, and a step after it that does not count.
 
     Returns:
         For each method the seconds of a step, one number a turn.
@@ -90,7 +90,9 @@ def take_turns(
     turns: dict[str, list[float]] = {method: [] for method in runs}
     for _ in range(pairs):
         for method, run in runs.items():
-            time.sleep(pause)
+            if pause:
+                time.sleep(pause)
+                run()
             turns[method].append(timed(run, inner, device))
     return turns
 
