@@ -12,6 +12,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -51,6 +52,7 @@ class Directions(ABC):
     """
 
     rank_one: bool = False
+    per_word: ClassVar[int]
 
     def draw(self, shape: Sequence[int], *, key: Tensor, dtype: torch.dtype) -> Tensor | RankOne:
         """Draws the direction of one parameter.
@@ -68,11 +70,26 @@ class Directions(ABC):
             >>> key = stream_keys(torch.tensor(0), torch.tensor(0))[0, 0]
             >>> Normal().draw((3, 2), key=key, dtype=torch.float32)
         """
-        if self.rank_one and len(shape) > 1:
-            rows = shape[0]
-            both = _stored(self.numbers(rows + math.prod(shape[1:]), key=key, dtype=dtype))
-            return RankOne(both[:rows], both[rows:].view(tuple(shape[1:])))
-        return self.numbers(math.prod(shape), key=key, dtype=dtype).view(tuple(shape))
+        return self.of_words(_words(key, self.words(shape)), shape, dtype)
+
+    def words(self, shape: Sequence[int]) -> int:
+        """How many hashed words the direction of a shape takes."""
+        return -(-sum(map(math.prod, self._parts(shape))) // self.per_word)
+
+    def of_words(self, words: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor | RankOne:
+        """What `draw` makes of its words."""
+        parts = self._parts(shape)
+        sizes = [math.prod(part) for part in parts]
+        numbers = self.numbers(words, dtype)[: sum(sizes)]
+        if len(parts) == 1:
+            return numbers.view(parts[0])
+        u, v = (x.view(part) for x, part in zip(stored(numbers).split(sizes), parts, strict=True))
+        return RankOne(u, v)
+
+    def _parts(self, shape: Sequence[int]) -> list[tuple[int, ...]]:
+        """The shapes of the factors, or the shape alone."""
+        outer = self.rank_one and len(shape) > 1
+        return [tuple(shape[:1]), tuple(shape[1:])] if outer else [tuple(shape)]
 
     def mixing(self, drawn: Sequence[Mapping[str, Tensor | RankOne]]) -> Tensor | None:
         """How the directions of a step are made of those that were drawn for it.
@@ -87,22 +104,22 @@ class Directions(ABC):
         return None
 
     @abstractmethod
-    def numbers(self, count: int, *, key: Tensor, dtype: torch.dtype) -> Tensor:
-        """Independent numbers of zero mean and unit variance, `[count]`."""
+    def numbers(self, words: Tensor, dtype: torch.dtype) -> Tensor:
+        """Independent numbers of zero mean and unit variance, `per_word` of each word, `[n]`."""
 
 
 @dataclass(frozen=True)
 class Normal(Directions):
     """Standard normal components, the paper's choice (section 3.4)."""
 
-    def numbers(self, count: int, *, key: Tensor, dtype: torch.dtype) -> Tensor:
-        """Box and Muller's transform: a pair of words gives a pair of normals."""
+    per_word: ClassVar[int] = 2
+
+    def numbers(self, words: Tensor, dtype: torch.dtype) -> Tensor:
+        """Box and Muller's transform: two words, one made of the other, give a pair of normals."""
         wide = torch.float64 if dtype == torch.float64 else torch.float32
-        words = _words(key, (count + 1) // 2)
         radius = torch.sqrt(-2 * torch.log(_uniform(words, wide)))
         angle = _mix(words ^ _signed(0x5BF03635)).to(wide) * (2 * math.pi / _WORD)
-        pair = torch.cat([radius * torch.cos(angle), radius * torch.sin(angle)])
-        return pair[:count].to(dtype)
+        return torch.cat([radius * torch.cos(angle), radius * torch.sin(angle)]).to(dtype)
 
 
 @dataclass(frozen=True)
@@ -153,12 +170,13 @@ class Rademacher(Directions):
     moment as independent signs do: (u_i v_j) (u_k v_l) has mean 0 but for equal pairs.
     """
 
-    def numbers(self, count: int, *, key: Tensor, dtype: torch.dtype) -> Tensor:
+    per_word: ClassVar[int] = 32
+
+    def numbers(self, words: Tensor, dtype: torch.dtype) -> Tensor:
         """Each word gives the signs of 32 neighbours: the hash costs more than the shift."""
-        words = _words(key, (count + 31) // 32)
-        bits = torch.arange(32, dtype=torch.int32, device=key.device)
+        bits = torch.arange(32, dtype=torch.int32, device=words.device)
         signs = ((words[:, None] << bits) >> 31) | 1
-        return signs.view(-1)[:count].to(dtype)
+        return signs.view(-1).to(dtype)
 
 
 def dense_tensor(direction: Tensor | RankOne) -> Tensor:
@@ -207,16 +225,21 @@ def stream_keys(
     halves = [(x & 0xFFFFFFFF).to(torch.int32) for n in (seed, step) for x in (n, n >> 32)]
     key = word + _signed(0x243F6A88)
     for number in (*halves, sample, parameter):
-        key = _stored(_mix(key * _signed(0x9E3779B1) ^ number))
+        key = stored(_mix(key * _signed(0x9E3779B1) ^ number))
     return key
 
 
 def _words(key: Tensor, count: int) -> Tensor:
     """One hashed 32-bit word for each element: a keyed permutation of the element's number."""
     index = torch.arange(min(count, _WORD // 2), dtype=torch.int32, device=key.device)
-    words = _stored(_mix(_stored(_mix(index ^ key[0])) + key[1]))
+    words = hashed(index, key[0], key[1])
     rest = count - words.numel()
     return torch.cat([words, _words(_mix(key), rest)]) if rest else words
+
+
+def hashed(index: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """The words at some places under the two words of a key, or under those of many keys."""
+    return stored(_mix(stored(_mix(index ^ first)) + second))
 
 
 def _mix(x: Tensor) -> Tensor:
@@ -229,7 +252,7 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ _shift(x, 16)
 
 
-def _stored(x: Tensor) -> Tensor:
+def stored(x: Tensor) -> Tensor:
     """The same tensor, which Inductor makes once: inlined, it is made again for every use."""
     return x.as_strided(x.shape, x.stride())
 

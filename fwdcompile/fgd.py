@@ -12,12 +12,13 @@ from torch import Tensor
 from .activity import ActivityForward, check_examples
 from .binding import call_values
 from .directions import Directions, Normal, RankOne, Sphere, scaled, stream_keys
+from .drawing import kinds_of
 from .export import Engine, export
 from .lowered import Lowered
 from .parts import Model
 from .program import outputs_reached
 from .redraw import move
-from .stepper import NonFinite, Plan, Stepper, check_loss, kinds_of, sum_of
+from .stepper import NonFinite, Plan, Stepper, check_loss, sum_of
 
 Perturbed = Literal["weights", "activations"]
 
@@ -162,11 +163,11 @@ class FGD(Stepper):
 
     def _update(self, lowered: Lowered, store: bool) -> Callable[..., Any]:
         """A step at a given rate; without stored directions it leaves the moves to `_redraw`."""
-        kinds, reached = kinds_of(lowered), outputs_reached(lowered.program)
+        draw, reached = self._draw(kinds_of(lowered)), outputs_reached(lowered.program)
 
         def update(tensors: Any, seed: Tensor, count: Tensor, lr: Tensor) -> Any:
             loss, finite, trained, drawn, slopes, _ = self._estimate(
-                lowered, kinds, tensors, seed, count
+                lowered, draw, tensors, seed, count
             )
             rate = -lr / self.samples
             weights = self._weights(slopes, drawn, reached)
@@ -271,19 +272,19 @@ class ForwardGradient(Stepper):
         check_loss(lowered, most=int(self.perturb == "activations"))
 
     def _body(self, lowered: Lowered) -> Callable[..., Any]:
-        kinds, reached = kinds_of(lowered), outputs_reached(lowered.program)
+        draw, reached = self._draw(kinds_of(lowered)), outputs_reached(lowered.program)
         known = [slot.kind == "gradient" for slot in lowered.program.outputs]
 
         def gradient(tensors: Any, seed: Tensor, count: Tensor) -> Any:
             loss, finite, trained, drawn, slopes, outs = self._estimate(
-                lowered, kinds, tensors, seed, count
+                lowered, draw, tensors, seed, count
             )
             weights = self._weights(slopes, drawn, reached)
             gradients = [
                 _combined(
-                    [drawn[k][name] for k in kinds[name].samples],
+                    [drawn[k][name] for k in draw.kinds[name].samples],
                     weights.get(reached[name]),
-                    kinds[name].samples,
+                    draw.kinds[name].samples,
                 )
                 for name in trained
             ]

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from .drawing import kinds_of
 from .lowered import Lowered
 from .program import outputs_reached
-from .stepper import kinds_of, sum_of
+from .stepper import sum_of
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .binding import arrange, signature_of, state_homes
-from .directions import Directions, RankOne, stream_keys
+from .directions import Directions
+from .drawing import Draw, Drawn, Kinds
 from .errors import LossError, NonFiniteError, TangentError
 from .forward import Forward
 from .lowered import Lowered
@@ -25,23 +26,6 @@ from .sizes import mark_open
 
 NonFinite = Literal["raise", "skip"]
 _ON_TENSORS = functools.partial(torch.compiler.keep_tensor_guards_unsafe, keep_parameters=True)
-Drawn = dict[str, Tensor | RankOne]
-
-
-@dataclass
-class Kind:
-    """What directions are drawn for: a shape of a dtype, as one tensor or as two factors.
-
-    `samples` are the numbers of the directions in which it moves.
-    """
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    outer: bool
-    samples: list[int]
-
-
-Kinds = dict[str, Kind]
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,7 +91,6 @@ class Stepper:
             raise ValueError(f"torch.compile must know the mode, and has none called {mode!r}")
         self.objective = Objective(model, loss_fn)
         self._directions, self._samples = directions, sum(numbers)
-        self._dense = replace(directions, rank_one=False)
         self._first_sample = 0
         self._redraw = Redraw(directions, self._compiled)
         self.clip = clip
@@ -209,7 +192,7 @@ class Stepper:
         raise NotImplementedError
 
     def _estimate(
-        self, lowered: Lowered, kinds: Kinds, tensors: list[Tensor], seed: Tensor, step: Tensor
+        self, lowered: Lowered, draw: Draw, tensors: list[Tensor], seed: Tensor, step: Tensor
     ) -> tuple[Tensor, Tensor, dict[str, Tensor], list[Drawn], dict[str, Tensor], Sequence[Tensor]]:
         """Loss, whether all is finite, trained parameters, directions, slopes, and all outputs.
 
@@ -219,8 +202,8 @@ class Stepper:
         program = lowered.program
         plain = [slot for slot in program.inputs if slot.kind not in ("tangent", "constant")]
         values = {slot.name: x for slot, x in zip(plain, tensors, strict=True)}
-        trained = {name: values[name] for name in kinds if name in values}
-        drawn = self._draw(kinds, seed, step)
+        trained = {name: values[name] for name in draw.kinds if name in values}
+        drawn = draw(seed, step)
         outs = lowered.function(*arrange(program.inputs, values, drawn))
         pairs = list(zip(program.outputs, outs, strict=True))
         losses = {slot.name: _mean(out) for slot, out in pairs if slot.kind == "output"}
@@ -249,19 +232,10 @@ class Stepper:
         slope = slope if self.clip is None else slope.clamp(-self.clip, self.clip)
         return slope if mixing is None else mixing.mT.to(slope.dtype) @ slope
 
-    def _draw(self, kinds: Kinds, seed: Tensor, step: Tensor) -> list[Drawn]:
-        """The directions of one step: for each sample, those of all that has one, by name."""
-        keys = stream_keys(seed, step, self.samples, len(kinds), self._first_sample)
-
-        def draw(kind: Kind, key: Tensor) -> Tensor | RankOne:
-            source = self.directions if kind.outer else self._dense
-            return source.draw(kind.shape, key=key, dtype=kind.dtype)
-
-        return [
-            {n: draw(kinds[n], key) for n, key in zip(kinds, row, strict=True)
-             if k in kinds[n].samples}
-            for k, row in enumerate(keys)
-        ]  # fmt: skip
+    def _draw(self, kinds: Kinds) -> Draw:
+        """What draws the directions of a step."""
+        device = self._seed.device
+        return Draw(self.directions, kinds, self.samples, self._first_sample, device)
 
     @torch.no_grad()
     def _run(self, inputs: Sequence[Any], kwargs: dict[str, Any], *extra: Tensor) -> Any:
@@ -295,20 +269,6 @@ def with_own_code(function: Callable[..., Any]) -> Callable[..., Any]:
     """The same function with a code object of its own: dynamo counts recompilations by it."""
     code, names = function.__code__.replace(), function.__globals__
     return types.FunctionType(code, names, function.__name__, closure=function.__closure__)
-
-
-def kinds_of(lowered: Lowered) -> Kinds:
-    """What a step draws directions for, in the order of their keys."""
-    kinds: Kinds = {}
-    for node, slot in lowered.program.placeholders():
-        if slot.kind != "tangent":
-            continue
-        kind = kinds.setdefault(slot.name, Kind((), value(node).dtype, bool(slot.factor), []))
-        if slot.direction not in kind.samples:
-            kind.samples.append(slot.direction)
-        if slot.direction == kind.samples[0]:
-            kind.shape = (*kind.shape, *value(node).shape)
-    return kinds
 
 
 def sum_of(terms: Iterable[Tensor]) -> Tensor:

@@ -13,11 +13,12 @@ from torch import Tensor
 from . import __version__
 from .binding import state_homes
 from .directions import Sphere, stream_keys
+from .drawing import kinds_of
 from .errors import HistoryError, MismatchError
 from .history import History, Record, check_header, read
 from .layout import Layout
 from .lowered import Lowered
-from .stepper import Plan, Stepper, kind_of, kinds_of
+from .stepper import Plan, Stepper, kind_of
 from .workers import Workers, digest
 
 _FORMAT = 1
@@ -129,10 +130,10 @@ class Together(Stepper):
         return loss
 
     def _body(self, lowered: Lowered) -> Callable[..., Any]:
-        kinds = kinds_of(lowered)
+        draw = self._draw(kinds_of(lowered))
 
         def estimate(tensors: Any, seed: Tensor, count: Tensor) -> Any:
-            loss, finite, _, drawn, slopes, _ = self._estimate(lowered, kinds, tensors, seed, count)
+            loss, finite, _, drawn, slopes, _ = self._estimate(lowered, draw, tensors, seed, count)
             return loss, finite, torch.stack([*slopes.values()]), self.directions.mixing(drawn)
 
         return estimate

@@ -155,7 +155,7 @@ class Numbers(nn.Module):
 
     def forward(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         keys = stream_keys(tensors["seed"], tensors["step"], 2, 3)
-        drawn = {str(kind): kind.numbers(333, key=keys[1, 2], dtype=torch.float32)
+        drawn = {str(kind): kind.draw((333,), key=keys[1, 2], dtype=torch.float32)
                  for kind in self.kinds}  # fmt: skip
         w, x, v = tensors["w"], tensors["x"], tensors["v"]
         h = torch.relu((w @ x.mT).mT + 1)  # onnxruntime 1.32 moves the transpose into h @ v

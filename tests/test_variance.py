@@ -18,7 +18,7 @@ import fwdcompile
 from fwdcompile.config import Config
 from fwdcompile.data import Dataset
 from fwdcompile.directions import Normal, Rademacher, Sphere, dense_tensor
-from fwdcompile.stepper import Kind
+from fwdcompile.drawing import Kind
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import directions
@@ -77,7 +77,7 @@ def drawn(source: Any, seed: int, step: int, samples: int) -> Tensor:
         name: Kind(shape, torch.float64, source.rank_one and len(shape) > 1, every)
         for name, shape in shapes.items()
     }
-    found = fgd._draw(kinds, torch.tensor(seed), torch.tensor(step))
+    found = fgd._draw(kinds)(torch.tensor(seed), torch.tensor(step))
     mixing = source.mixing(found)
     rows = torch.stack(
         [torch.cat([dense_tensor(one[name]).flatten() for name in shapes]) for one in found]

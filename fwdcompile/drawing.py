@@ -1,0 +1,107 @@
+"""What a step draws its directions for, and how: all that is small at once, in one loop."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .directions import Directions, RankOne, hashed, stream_keys
+from .lowered import Lowered
+from .program import value
+
+Drawn = dict[str, Tensor | RankOne]
+# so many words are little to keep, and a hash of its own for each tensor much to compile
+SMALL = 2**14
+
+
+@dataclass
+class Kind:
+    """What directions are drawn for: a shape of a dtype, as one tensor or as two factors.
+
+    `samples` are the numbers of the directions in which it moves.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    outer: bool
+    samples: list[int]
+
+
+Kinds = dict[str, Kind]
+
+
+def kinds_of(lowered: Lowered) -> Kinds:
+    """What a step draws directions for, in the order of their keys."""
+    kinds: Kinds = {}
+    for node, slot in lowered.program.placeholders():
+        if slot.kind != "tangent":
+            continue
+        kind = kinds.setdefault(slot.name, Kind((), value(node).dtype, bool(slot.factor), []))
+        if slot.direction not in kind.samples:
+            kind.samples.append(slot.direction)
+        if slot.direction == kind.samples[0]:
+            kind.shape = (*kind.shape, *value(node).shape)
+    return kinds
+
+
+class Draw:
+    """The directions of one step as a function of seed and step.
+
+    Args:
+        directions: where they come from.
+        kinds: what they are drawn for.
+        samples: how many directions a step takes.
+        first: number of the first of them.
+        device: of seed and step.
+
+    They are those of `Directions.draw` for the keys of `stream_keys`, bit by bit.
+    """
+
+    def __init__(
+        self, directions: Directions, kinds: Kinds, samples: int, first: int, device: torch.device
+    ) -> None:
+        self.kinds = kinds
+        self._samples, self._first = samples, first
+        dense = replace(directions, rank_one=False)
+        self._sources = {name: directions if k.outer else dense for name, k in kinds.items()}
+        sizes = {name: self._sources[name].words(kind.shape) for name, kind in kinds.items()}
+        small = {number: sizes[name] for number, _, name in self._each() if sizes[name] <= SMALL}
+        counts = torch.tensor([*small.values()], dtype=torch.int64)
+        numbers = torch.tensor([*small], dtype=torch.int32)
+        starts = counts.cumsum(0) - counts
+        places = torch.arange(int(counts.sum())) - starts.repeat_interleave(counts)
+        # of each word that is hashed with others: the number of its key, its own under that key
+        self._small = small
+        self._keys = numbers.repeat_interleave(counts).to(device)
+        self._places = places.to(device, torch.int32)
+
+    def __call__(self, seed: Tensor, step: Tensor) -> list[Drawn]:
+        """For each sample, the directions of all that has one, by name."""
+        keys = stream_keys(seed, step, self._samples, len(self.kinds), self._first).flatten(0, 1)
+        words = self._together(keys)
+        drawn: list[Drawn] = [{} for _ in range(self._samples)]
+        for number, sample, name in self._each():
+            kind, source = self.kinds[name], self._sources[name]
+            drawn[sample][name] = (
+                source.of_words(words[number], kind.shape, kind.dtype)
+                if number in words
+                else source.draw(kind.shape, key=keys[number], dtype=kind.dtype)
+            )
+        return drawn
+
+    def _each(self) -> Iterator[tuple[int, int, str]]:
+        """The number of its key, the sample and the name of all that is drawn."""
+        for row, (name, kind) in enumerate(self.kinds.items()):
+            for sample in kind.samples:
+                yield sample * len(self.kinds) + row, sample, name
+
+    def _together(self, keys: Tensor) -> dict[int, Tensor]:
+        """The words of all that is small, hashed in one loop."""
+        if not self._small:
+            return {}
+        first, second = keys.index_select(0, self._keys).unbind(1)
+        words = hashed(self._places, first, second).split([*self._small.values()])
+        return dict(zip(self._small, words, strict=True))
