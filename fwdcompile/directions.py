@@ -83,7 +83,9 @@ class Directions(ABC):
         numbers = self.numbers(words, dtype)[: sum(sizes)]
         if len(parts) == 1:
             return numbers.view(parts[0])
-        u, v = (x.view(part) for x, part in zip(stored(numbers).split(sizes), parts, strict=True))
+        u, v = (
+            x.view(part) for x, part in zip(torch.split(stored(numbers), sizes), parts, strict=True)
+        )
         return RankOne(u, v)
 
     def _parts(self, shape: Sequence[int]) -> list[tuple[int, ...]]:

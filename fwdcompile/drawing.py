@@ -103,5 +103,5 @@ class Draw:
         if not self._small:
             return {}
         first, second = keys.index_select(0, self._keys).unbind(1)
-        words = hashed(self._places, first, second).split([*self._small.values()])
+        words = torch.split(hashed(self._places, first, second), [*self._small.values()])
         return dict(zip(self._small, words, strict=True))
