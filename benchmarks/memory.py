@@ -3,7 +3,7 @@
     python benchmarks/memory.py [--works cnn,mlp-depth-10] [--methods ...] [--out docs/results]
 
 `fwdcompile.measure` says how the peak is counted. Gradients that an earlier step left do not count
-as resident before.
+as resident before. A run of some methods leaves what is known of the others.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from results import (
     conditions,
     entry_name,
     header,
+    load,
     parser,
     refusal,
     refusals,
@@ -59,7 +60,9 @@ def main() -> None:
     path = options.out / f"memory-{options.device}.json"
     runs = [(w, options.batch or WORKS[w].batch) for w in options.works or ()]
     for work, batch in runs or RUNS:
-        entry = header(work, batch, options.dtype, options.device) | {"methods": {}}
+        name = entry_name(work, batch, options.dtype)
+        known = load(path)["works"].get(name, {}).get("methods", {})
+        entry = header(work, batch, options.dtype, options.device) | {"methods": known}
         for method in options.methods or list(STEPS):
             cell = fresh(work, method, batch, options.device, options.dtype)
             entry["methods"][method] = cell
@@ -68,7 +71,7 @@ def main() -> None:
             rival = entry["methods"].get(RIVAL)
             if rival and "peak" in cell:
                 cell["ratio"] = cell["peak"] / max(rival["peak"], 1)
-        results = replace(path, entry_name(work, batch, options.dtype), entry)
+        results = replace(path, name, entry)
         path.with_suffix(".md").write_text(page(results))
 
 

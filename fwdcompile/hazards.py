@@ -108,7 +108,7 @@ def known_shapes() -> Iterator[None]:
     with torch.library._scoped_library("aten", "IMPL") as library:
         for op, empty in rule.shapes.items():
             name: str = op.name()  # type: ignore[no-untyped-call]
-            library._register_fake(name.removeprefix("aten::"), empty)
+            library._register_fake(name.removeprefix("aten::"), empty, allow_override=True)
         yield
 
 

@@ -277,6 +277,23 @@ def test_memory_of_backprop_in_a_fresh_process_holds_its_gradients() -> None:
     assert found["parameters"] < found["peak"] < 2.5 * found["parameters"]
 
 
+def test_a_run_of_some_methods_leaves_the_memory_of_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cells = {"base": {"peak": 2 * MIB}, "backprop-compiled": {"peak": 8 * MIB}}
+    monkeypatch.setattr(memory, "ALLOCATOR", {})
+    monkeypatch.setattr(memory, "fresh", lambda work, method, *rest: dict(cells[method]))
+    for method in cells:
+        arguments = ["memory.py", "--works", "mlp", "--methods", method, "--out", str(tmp_path)]
+        monkeypatch.setattr(sys, "argv", arguments)
+        memory.main()
+    found = results.load(tmp_path / "memory-cpu.json")["works"]["mlp"]["methods"]
+    assert {method: cell["ratio"] for method, cell in found.items()} == {
+        "base": 0.25,
+        "backprop-compiled": 1.0,
+    }
+
+
 def test_engines_go_on_from_the_state_that_a_step_gave(tmp_path: Path) -> None:
     problem = tiny(torch.float32)
     fgd = fwdcompile.FGD(problem.model, cross_entropy, lr=0.1, compile=False)
