@@ -37,7 +37,8 @@ def _by_layer(op: OpOverload) -> Any:
             hidden = hx[rows] if isinstance(hx, Tensor) else [h[rows] for h in hx]
             weights = params[i * count : (i + 1) * count]
             x, *final = lower(x, hidden, weights, has_biases, 1, 0.0, train, bidirectional, False)
-            finals.append(final)
+            # torch 2.11 leaves an axis of one before the batch in the states of an LSTM
+            finals.append([state.flatten(0, -3) for state in final])
         out = x.transpose(0, 1) if batch_first else x
         return out, *(torch.cat(parts) for parts in zip(*finals, strict=True))
 

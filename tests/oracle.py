@@ -19,6 +19,8 @@ from fwdcompile.lowered import Lowered
 from fwdcompile.parts import input_leaves
 from fwdcompile.program import is_differentiable, is_random
 
+# The torch that programs, pages and samples were reviewed with; the code runs on 2.11, too.
+REVIEWED = torch.__version__.startswith("2.13.")
 # float32 carries seven digits, of which sums over 640 million parameters lose three.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
 # Torch's backward of hardsigmoid has 1/6 in float32, whatever its input.

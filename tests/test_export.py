@@ -327,6 +327,10 @@ def test_bad_requests_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.compiled
+@pytest.mark.skipif(
+    torch.version.cuda is not None and not torch.cuda.is_available(),
+    reason="torch's CMake files want the CUDA toolkit that this build is for",
+)
 def test_a_cpp_program_trains_on_the_digits(tmp_path: Path) -> None:
     export_step.main(tmp_path, "inductor")
     package = torch._inductor.aoti_load_package(str(tmp_path / "step.pt2"))

