@@ -11,7 +11,7 @@ WORKERS ?= 2
 BENCH_ARGS ?=
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-all lint golden bench bench-memory bench-attention bench-capture bench-without-torch clean coverage zoo beyond-torch
+.PHONY: demo test test-all test-oldest lint golden bench bench-memory bench-attention bench-capture bench-without-torch clean coverage zoo beyond-torch
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -28,6 +28,14 @@ test: .venv/installed
 
 test-all: .venv/installed
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m ""
+
+# with the oldest torch that pyproject.toml takes; its wheels come with CUDA, some gigabytes
+test-oldest:
+	$(PYTHON) -m venv build/oldest
+	sed '/^torch/d' constraints.txt > build/oldest.txt
+	build/oldest/bin/pip install --quiet -c build/oldest.txt torch==2.11.0 torchvision==0.26.0
+	build/oldest/bin/pip install --quiet -c build/oldest.txt -e '.[dev]'
+	build/oldest/bin/python -m pytest -n $(WORKERS) --dist loadfile
 
 lint: .venv/installed
 	$(BIN)/ruff check .
