@@ -69,12 +69,12 @@ class Draw:
         self._sources = {name: directions if k.outer else dense for name, k in kinds.items()}
         sizes = {name: self._sources[name].words(kind.shape) for name, kind in kinds.items()}
         small = {number: sizes[name] for number, _, name in self._each() if sizes[name] <= SMALL}
-        counts = torch.tensor([*small.values()], dtype=torch.int64)
         numbers = torch.tensor([*small], dtype=torch.int32)
+        counts = torch.tensor([*small.values()], dtype=torch.int64)
         starts = counts.cumsum(0) - counts
         places = torch.arange(int(counts.sum())) - starts.repeat_interleave(counts)
-        # of each word that is hashed with others: the number of its key, its own under that key
         self._small = small
+        # of each word that is hashed with others: the number of its key, its own under that key
         self._keys = numbers.repeat_interleave(counts).to(device)
         self._places = places.to(device, torch.int32)
 
