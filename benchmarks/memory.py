@@ -63,7 +63,7 @@ def main() -> None:
         name = entry_name(work, batch, options.dtype)
         known = load(path)["works"].get(name, {}).get("methods", {})
         entry = header(work, batch, options.dtype, options.device) | {"methods": known}
-        for method in options.methods or list(STEPS):
+        for method in options.methods:
             cell = fresh(work, method, batch, options.device, options.dtype)
             entry["methods"][method] = cell
             print(work, batch, method, cell, flush=True)

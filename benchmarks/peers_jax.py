@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import torch
+from jax.nn import standardize
 from torch import Tensor, nn
 from works import HEADS, Attention, Decoder, Encoder, Perceptron, Problem
 
@@ -103,9 +104,9 @@ def layer(module: nn.Module, names: dict[Tensor, str]) -> Apply:
         case nn.Embedding():
             return lambda ps, x: ps[w].T[x]
         case nn.LayerNorm(normalized_shape=(_,), eps=eps):
-            return lambda ps, x: plus(standard(x, -1, eps) * ps[w], ps, b)
+            return lambda ps, x: plus(standardize(x, -1, epsilon=eps) * ps[w], ps, b)
         case nn.BatchNorm2d(eps=eps):  # of this batch; the running means are left out
-            return lambda ps, x: plus(standard(x, (0, 1, 2), eps) * ps[w], ps, b)
+            return lambda ps, x: plus(standardize(x, (0, 1, 2), epsilon=eps) * ps[w], ps, b)
         case nn.Conv2d(stride=stride, groups=1, dilation=(1, 1), padding=(rows, columns)):
             padding, order = [(rows, rows), (columns, columns)], ("NHWC", "HWIO", "NHWC")
             convolve = jax.lax.conv_general_dilated
@@ -152,10 +153,6 @@ def chain(layers: Iterable[Apply]) -> Apply:
 
 def plus(x: Any, ps: Any, bias: str | None) -> Any:
     return x if bias is None else x + ps[bias]
-
-
-def standard(x: Any, axes: int | tuple[int, ...], eps: float) -> Any:
-    return jax.nn.standardize(x, axes, epsilon=eps)
 
 
 def attend(qkv: Any, causal: bool) -> Any:

@@ -27,7 +27,10 @@ def parser(description: str) -> argparse.ArgumentParser:
     """The options that timing and memory share."""
     options = argparse.ArgumentParser(description=description.splitlines()[0])
     options.add_argument("--works", type=_names(WORKS), help=f"of {', '.join(WORKS)}")
-    options.add_argument("--methods", type=_names(STEPS), help=f"of {', '.join(STEPS)}")
+    every = list(STEPS)
+    options.add_argument(
+        "--methods", type=_names(STEPS), default=every, help=f"of {', '.join(every)}"
+    )
     options.add_argument("--batch", type=int, help="in place of each work's own")
     options.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     options.add_argument("--dtype", default="float32", choices=DTYPES)

@@ -73,7 +73,7 @@ def run_works(options: argparse.Namespace, path: Path) -> None:
         entry = header(work, batch, options.dtype, options.device) | {"pairs": options.pairs}
         entry["methods"] = measure(
             WORKS[work],
-            options.methods or list(STEPS),
+            options.methods,
             batch,
             torch.device(options.device),
             DTYPES[options.dtype],

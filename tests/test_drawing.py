@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from fwdcompile import FGD, Normal, Rademacher, RankOne, Sphere
-from fwdcompile.directions import Directions, stream_keys
+from fwdcompile.directions import Directions, dense_tensor, stream_keys
 from fwdcompile.drawing import SMALL, Draw, Kind, kinds_of
 
 ALL = [Normal(), Normal(rank_one=True), Rademacher(), Rademacher(rank_one=True), Sphere()]
@@ -85,8 +85,7 @@ def test_a_compiled_step_moves_along_the_directions_of_their_keys(directions: Di
     moved = {name: p.detach() - before[name] for name, p in model.named_parameters()}
     ratios = []
     for name, dot in dots.items():
-        dense = dot.dense() if isinstance(dot, RankOne) else dot
-        move = moved[name]
+        dense, move = dense_tensor(dot), moved[name]
         ratios.append((move * dense).sum() / dense.square().sum())
         torch.testing.assert_close(move, ratios[-1] * dense, rtol=1e-3, atol=1e-5)
     torch.testing.assert_close(
