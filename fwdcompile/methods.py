@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,14 +15,16 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
 from .config import OPTIMIZERS, Config
-from .directions import RankOne, dense_tensor, stream_keys
+from .directions import RankOne, dense_tensor
 from .distributed import DistributedFGD, DistributedForwardGradient
+from .drawing import Draw, Kind
 from .errors import NonFiniteError
 from .fgd import FGD, ForwardGradient
 from .stepper import with_own_code
 from .workers import Workers
 
-Draw = Callable[[list[Tensor], int], list[Tensor]]
+# for each sample, the directions of all parameters
+Dense = Callable[[list[Tensor]], Iterable[list[Tensor]]]
 
 
 @dataclass(frozen=True)
@@ -182,10 +184,11 @@ def torch_jvp(
     device = next(iter(parameters.values())).device
     start, counter, source = _Counted(seed, device), _Counted(0, device), _Generator(seed, device)
     count = counter.tensor
-    if compiled and not own:
-        draw = _hashed(config, start.tensor, count, samples)
-    else:
-        draw = _generated(config, None if own else source.generator)
+    draw = (
+        _hashed(config, samples, parameters, start.tensor, count)
+        if compiled and not own
+        else _generated(config, samples, None if own else source.generator)
+    )
 
     def update(x: Tensor, y: Tensor, values: list[Tensor]) -> tuple[Tensor, Tensor]:
         def objective(*ps: Tensor) -> Tensor:
@@ -195,8 +198,7 @@ def torch_jvp(
         rate = config.lr * torch.exp(-config.decay * count) / samples
         moves = [torch.zeros((), dtype=value.dtype, device=device) for value in values]
         finite = torch.ones((), dtype=torch.bool, device=device)
-        for sample in range(samples):
-            dots = draw(values, sample)
+        for dots in draw(values):
             loss, slope, *_ = torch.func.jvp(objective, tuple(values), tuple(dots))
             moves = [move + dot * (rate * slope) for move, dot in zip(moves, dots, strict=True)]
             finite = finite & torch.isfinite(loss) & torch.isfinite(slope)
@@ -258,19 +260,22 @@ def _refuse(loss: Tensor, iteration: int, config: Config) -> None:
         )
 
 
-def _hashed(config: Config, start: Tensor, count: Tensor, samples: int) -> Draw:
-    def draw(values: list[Tensor], sample: int) -> list[Tensor]:
-        keys = stream_keys(start, count, samples, len(values))[sample]
-        drawn = [
-            config.source.draw(value.shape, key=key, dtype=value.dtype)
-            for key, value in zip(keys, values, strict=True)
-        ]
-        return [dense_tensor(dot) for dot in drawn]
+def _hashed(
+    config: Config, samples: int, parameters: Mapping[str, Tensor], seed: Tensor, step: Tensor
+) -> Dense:
+    kinds = {
+        name: Kind(tuple(p.shape), p.dtype, config.rank_one and p.ndim > 1, [*range(samples)])
+        for name, p in parameters.items()
+    }
+    draw = Draw(config.source, kinds, samples, 0, seed.device)
 
-    return draw
+    def dense(values: list[Tensor]) -> Iterable[list[Tensor]]:
+        return [[dense_tensor(dot) for dot in drawn.values()] for drawn in draw(seed, step)]
+
+    return dense
 
 
-def _generated(config: Config, generator: torch.Generator | None) -> Draw:
+def _generated(config: Config, samples: int, generator: torch.Generator | None) -> Dense:
     def numbers(like: Tensor) -> Tensor:
         if config.directions == "normal":
             return torch.empty_like(like).normal_(generator=generator)
@@ -282,7 +287,7 @@ def _generated(config: Config, generator: torch.Generator | None) -> Draw:
             return RankOne(numbers(value.flatten(1)[:, 0]), numbers(value[0])).dense()
         return numbers(value)
 
-    def draw(values: list[Tensor], sample: int) -> list[Tensor]:
-        return [one(value) for value in values]
+    def dense(values: list[Tensor]) -> Iterable[list[Tensor]]:
+        return ([one(value) for value in values] for _ in range(samples))
 
-    return draw
+    return dense
