@@ -50,7 +50,7 @@ RUNS: tuple[tuple[str, int], ...] = (
 
 def main() -> None:
     options = parser(__doc__)
-    options.add_argument("--one", nargs=5, help="for the fresh process: measures here, one method")
+    options.add_argument("--one", nargs=6, help="for the fresh process: measures here, one method")
     options = options.parse_args()
     if options.one:
         print(json.dumps(measure(*options.one)))
@@ -60,11 +60,11 @@ def main() -> None:
     path = options.out / f"memory-{options.device}.json"
     runs = [(w, options.batch or WORKS[w].batch) for w in options.works or ()]
     for work, batch in runs or RUNS:
-        name = entry_name(work, batch, options.dtype)
+        name = entry_name(work, batch, options.dtype, options.mode)
         known = load(path)["works"].get(name, {}).get("methods", {})
         entry = header(work, batch, options.dtype, options.device) | {"methods": known}
         for method in options.methods:
-            cell = fresh(work, method, batch, options.device, options.dtype)
+            cell = fresh(work, method, str(batch), options.device, options.dtype, options.mode)
             entry["methods"][method] = cell
             print(work, batch, method, cell, flush=True)
         for cell in entry["methods"].values():
@@ -75,20 +75,20 @@ def main() -> None:
         path.with_suffix(".md").write_text(page(results))
 
 
-def fresh(work: str, method: str, batch: int, device: str, dtype: str) -> dict[str, Any]:
+def fresh(*of: str) -> dict[str, Any]:
     """`measure` in a new process."""
-    found: dict[str, Any] = in_fresh_process(
-        __file__, "--one", work, method, str(batch), device, dtype
-    )
+    found: dict[str, Any] = in_fresh_process(__file__, "--one", *of)
     return found
 
 
-def measure(work: str, method: str, batch: str, device: str, dtype: str) -> dict[str, Any]:
+def measure(
+    work: str, method: str, batch: str, device: str, dtype: str, mode: str
+) -> dict[str, Any]:
     """Bytes of the peak, of the parameters and of the data; or the words of a peer's refusal."""
     if device == "cuda" and method == "jax-jvp":
         return {"refused": "torch's allocator does not count the memory of JAX"}
     torch.set_num_threads(THREADS)
-    problem = WORKS[work].problem(int(batch), torch.device(device), DTYPES[dtype])
+    problem = WORKS[work].problem(int(batch), torch.device(device), DTYPES[dtype], mode)
     parameters = sum(p.nbytes for p in problem.model.parameters())
     try:
         run = STEPS[method](problem)

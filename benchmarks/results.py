@@ -15,6 +15,7 @@ import torch
 from steps import STEPS
 from works import PAPER, WORKS
 
+from fwdcompile.config import MODES
 from fwdcompile.runner import environment
 
 THREADS = 2
@@ -34,6 +35,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     options.add_argument("--batch", type=int, help="in place of each work's own")
     options.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     options.add_argument("--dtype", default="float32", choices=DTYPES)
+    options.add_argument("--mode", default="default", choices=MODES, help="torch.compile's")
     options.add_argument("--out", type=Path, default=RESULTS)
     return options
 
@@ -46,10 +48,11 @@ def publish(directory: Path, name: str, result: dict[str, Any], page: str) -> No
     print(page)
 
 
-def entry_name(work: str, batch: int, dtype: str) -> str:
+def entry_name(work: str, batch: int, dtype: str, mode: str = "default") -> str:
     """The work, and what of the run is not the default."""
     name = work if batch == WORKS[work].batch else f"{work}, batch {batch}"
-    return name if dtype == "float32" else f"{name}, {dtype}"
+    unusual = [x for x, usual in ((dtype, "float32"), (mode, "default")) if x != usual]
+    return ", ".join([name, *unusual])
 
 
 def header(work: str, batch: int, dtype: str, device: str) -> dict[str, Any]:

@@ -77,9 +77,10 @@ def run_works(options: argparse.Namespace, path: Path) -> None:
             batch,
             torch.device(options.device),
             DTYPES[options.dtype],
+            options.mode,
             options.pairs,
         )
-        name = entry_name(work, batch, options.dtype)
+        name = entry_name(work, batch, options.dtype, options.mode)
         path.with_suffix(".md").write_text(page(replace(path, name, entry)))
         print(page({"works": {name: entry}}), flush=True)
 
@@ -90,6 +91,7 @@ def measure(
     batch: int,
     device: torch.device,
     dtype: torch.dtype,
+    mode: str,
     pairs: int,
 ) -> Cells:
     """Milliseconds of a step, ratios to rivals, seconds of the first step; or who refused.
@@ -102,7 +104,7 @@ def measure(
 
     def start(method: str) -> None:
         try:
-            runs[method] = STEPS[method](work.problem(batch, device, dtype))
+            runs[method] = STEPS[method](work.problem(batch, device, dtype, mode))
             first[method] = timed(runs[method], 1, device)
         except Exception as error:
             if method not in PEERS:

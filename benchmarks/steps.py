@@ -36,7 +36,7 @@ RIVAL, BASE = "backprop-compiled", "base"
 def base(problem: Problem) -> Run:
     """The base runtime of the paper's section 5.2: forward and loss, no derivative."""
 
-    @functools.partial(torch.compile, fullgraph=True, dynamic=False)
+    @functools.partial(torch.compile, fullgraph=True, dynamic=False, mode=problem.mode)
     def objective(x: Tensor, y: Tensor) -> Tensor:
         return cross_entropy(problem.model(x), y)
 
@@ -45,7 +45,7 @@ def base(problem: Problem) -> Run:
 
 def runner_method(name: str, problem: Problem) -> Run:
     """A method as `fwdcompile train` runs it, with directions from the normal distribution."""
-    step = METHODS[name](problem.model, Config(lr=LR, decay=DECAY), 0)
+    step = METHODS[name](problem.model, Config(lr=LR, decay=DECAY, mode=problem.mode), 0)
     return lambda: step(problem.x, problem.y)
 
 
@@ -68,23 +68,23 @@ def peer_method(name: str) -> Callable[[Problem], Run]:
 
 def checkpointed_method(name: str, problem: Problem) -> Run:
     """Backpropagation with activation checkpointing, its rival where memory counts."""
-    model = checkpointed(problem)
-    return runner_method(name, Problem(model, problem.x, problem.y, ()))
+    return runner_method(name, replace(problem, model=checkpointed(problem)))
 
 
 def fgd(
     directions: Callable[[], Directions], problem: Problem, compile: bool = True, **options: Any
 ) -> Run:
-    settings = {"lr": LR, "decay": DECAY, "directions": directions(), "compile": compile}
-    trainer = FGD(problem.model, cross_entropy, **settings, **options)
+    settings = {"lr": LR, "decay": DECAY, "compile": compile, "mode": problem.mode}
+    trainer = FGD(problem.model, cross_entropy, directions=directions(), **settings, **options)
     trainer.calibrate(problem.x, problem.y)
     return lambda: trainer.step(problem.x, problem.y)
 
 
 def fgd_in_parts(count: int, problem: Problem, compile: bool = True) -> Run:
     """Rank-one directions, the batch in parts one after another along the same direction."""
-    settings = {"lr": LR, "decay": DECAY, "directions": Rademacher(rank_one=True)}
-    trainer = DistributedFGD(problem.model, cross_entropy, compile=compile, **settings)
+    settings = {"lr": LR, "decay": DECAY, "compile": compile, "mode": problem.mode}
+    directions = Rademacher(rank_one=True)
+    trainer = DistributedFGD(problem.model, cross_entropy, directions=directions, **settings)
     *parts, last = zip(problem.x.chunk(count), problem.y.chunk(count), strict=True)
     trainer.calibrate(*last)
 

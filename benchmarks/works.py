@@ -23,12 +23,13 @@ VOCABULARY = 1000
 
 @dataclass(frozen=True)
 class Problem:
-    """A model with its batch, on one device and in one dtype."""
+    """A model with its batch, on one device and in one dtype, and torch.compile's mode."""
 
     model: nn.Module
     x: Tensor
     y: Tensor
     stages: tuple[str, ...]
+    mode: str = "default"
 
 
 @dataclass(frozen=True)
@@ -49,12 +50,14 @@ class Work:
     inner: int = 1
     stages: tuple[str, ...] = ()
 
-    def problem(self, batch: int, device: torch.device, dtype: torch.dtype) -> Problem:
+    def problem(
+        self, batch: int, device: torch.device, dtype: torch.dtype, mode: str = "default"
+    ) -> Problem:
         """Equal weights and equal data at every call."""
         torch.manual_seed(0)
         model, (x, y) = self.build().to(device, dtype), self.make_batch(batch)
         x = x.to(device, dtype) if x.is_floating_point() else x.to(device)
-        return Problem(model, x, y.to(device), self.stages)
+        return Problem(model, x, y.to(device), self.stages, mode)
 
 
 def images(batch: int, channels: int = 1, size: int = 28) -> tuple[Tensor, Tensor]:

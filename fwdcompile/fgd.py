@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .activity import ActivityForward, check_examples
+from .autocast import without_casts
 from .binding import call_values
 from .directions import Directions, Normal, RankOne, Sphere, scaled, stream_keys
 from .drawing import kinds_of
@@ -109,7 +110,7 @@ class FGD(Stepper):
             for number, (parameter, factors) in enumerate(zip(plan.trained(), moves, strict=True)):
                 if factors is not None:
                     self._redraw(parameter, keys[:, number], factors)
-        return loss.clone() if self._mode == "reduce-overhead" else loss
+        return loss
 
     def export(
         self, path: str | Path, *inputs: Any, to: Engine = "torch", **kwargs: Any
@@ -141,7 +142,8 @@ class FGD(Stepper):
         self._check(lowered)
         values, _ = call_values(self.objective, inputs, kwargs)
         own = {"seed": self._seed, "step": self._step, "lr": self._lr.new_tensor(self.lr)}
-        return export(path, lowered, self._update(lowered, store=True), values, own, to)
+        with without_casts():
+            return export(path, lowered, self._update(lowered, store=True), values, own, to)
 
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed run needs beside the model: iteration, seed, learning rate, decay."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from .autocast import casts, without_casts
 from .binding import (
     Tangents,
     arrange,
@@ -26,6 +27,7 @@ from .binding import (
 )
 from .calls import settle
 from .capture import capture
+from .compiling import replays
 from .costs import Product, calibrate
 from .directions import RankOne
 from .errors import FwdcompileError, TangentError
@@ -109,11 +111,12 @@ class Forward:
         lowered = self._lowered(args, kwargs, _Request.of(levels, dots, same=inner is None))
         for level, inner_dots in enumerate(levels, 1):
             values |= {f"{name}{_suffix(level)}": dot for name, dot in inner_dots.items()}
-        if self.mode == "reduce-overhead":
+        if self.compile and replays(self.mode):
             torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
         if self.compile and self.dynamic:
             mark_open(lowered.program, values)
-        outs = lowered.function(*arrange(lowered.program.inputs, values, dots))
+        with without_casts():
+            outs = lowered.function(*arrange(lowered.program.inputs, values, dots))
         store(lowered.program.outputs, outs, values)
         return results(lowered.program, outs, len(dots) if several else None)
 
@@ -244,21 +247,16 @@ class Forward:
         modules = modules_of(self.base).values()
         flags = tuple(m.training for module in modules for m in module.modules())
         state = (t for module in modules for t in (*module.parameters(), *module.buffers()))
-        return flags, tuple(map(signature_of, state)), torch.is_autocast_enabled()
+        return flags, tuple(map(signature_of, state)), casts()
 
     def _lower(self, args: Sequence[Any], kwargs: Mapping[str, Any], request: _Request) -> Lowered:
-        *inner, active = request.levels
-        if isinstance(self.model, Forward):
-            deeper = _Request(tuple(inner), 1, request.same and len(inner) > 1, ())
-            source = self.model._lowered(args, kwargs, deeper).nestable
-            captured = as_primal(source, _suffix(len(inner)))
-        else:
-            captured = capture(self.model, args, kwargs, self.dynamic)
-        transformed = self._transformed(captured, active, request)
-        if request.same:
-            transformed = tie(transformed, _suffix(len(inner)))
-        program = transformed.copy()
-        simplify(program.graph, self.passes)
+        captured = self._captured(args, kwargs, request)
+        with without_casts():
+            transformed = self._transformed(captured, request.levels[-1], request)
+            if request.same:
+                transformed = tie(transformed, _suffix(len(request.levels) - 1))
+            program = transformed.copy()
+            simplify(program.graph, self.passes)
         stages = {"capture": captured.graph, "transform": transformed.graph}
         nestable = program.copy()
         if not self.tracks_grad:
@@ -266,6 +264,16 @@ class Forward:
         settle(program.graph)
         stages["simplify"] = program.graph
         return generate(program, nestable, stages, self.passes, self._compiled)
+
+    def _captured(
+        self, args: Sequence[Any], kwargs: Mapping[str, Any], request: _Request
+    ) -> Program:
+        if not isinstance(self.model, Forward):
+            return capture(self.model, args, kwargs, self.dynamic)
+        *inner, _ = request.levels
+        deeper = _Request(tuple(inner), 1, request.same and len(inner) > 1, ())
+        source = self.model._lowered(args, kwargs, deeper).nestable
+        return as_primal(source, _suffix(len(inner)))
 
     def _transformed(self, captured: Program, active: Sequence[str], request: _Request) -> Program:
         return transform_program(captured, active, request.directions, request.rank_one)

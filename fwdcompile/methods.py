@@ -14,13 +14,13 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
+from .compiling import with_own_code
 from .config import OPTIMIZERS, Config
 from .directions import RankOne, dense_tensor
 from .distributed import DistributedFGD, DistributedForwardGradient
 from .drawing import Draw, Kind
 from .errors import NonFiniteError
 from .fgd import FGD, ForwardGradient
-from .stepper import with_own_code
 from .workers import Workers
 
 # for each sample, the directions of all parameters

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from .autocast import without_casts
 from .binding import Tangents, arrange, check_tangents, store, tied_names
 from .directions import RankOne
 from .emit import execute
@@ -67,7 +68,8 @@ class Saved:
         }
         if wanted != given:
             raise TangentError(f"the program takes tangents {_told(wanted)}, not {_told(given)}")
-        outs = self._module.forward(*arrange(self._inputs, values, dots))
+        with without_casts():
+            outs = self._module.forward(*arrange(self._inputs, values, dots))
         store(self._outputs, outs, values)
         found = dict(zip(self._outputs, outs, strict=True))
         y = self._build({slot.name: x for slot, x in found.items() if slot.kind == "output"}, True)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -12,7 +10,9 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from .autocast import casts, without_casts
 from .binding import arrange, signature_of, state_homes
+from .compiling import compiled_step, replays, stay_in_place
 from .directions import Directions
 from .drawing import Draw, Drawn, Kinds
 from .errors import LossError, NonFiniteError, TangentError
@@ -25,7 +25,6 @@ from .redraw import Redraw
 from .sizes import mark_open
 
 NonFinite = Literal["raise", "skip"]
-_ON_TENSORS = functools.partial(torch.compiler.keep_tensor_guards_unsafe, keep_parameters=True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,6 +53,12 @@ class Plan:
         homes = (self.state[slot.name] for slot in slots if slot.kind == "buffer")
         changed = [inputs[self.leaves[slot.name]] for slot in slots if slot.kind == "input"]
         return [home[key] for home, key in homes], changed
+
+    def kept(self) -> list[Tensor]:
+        """The model's parameters and buffers that the program reads."""
+        slots = self.lowered.program.inputs
+        names = (slot.name for slot in slots if slot.kind in ("parameter", "buffer"))
+        return [home[key] for home, key in map(self.state.__getitem__, names)]
 
     def trained(self) -> list[Tensor]:
         """The parameters that have tangents, in the order of their keys, then all others."""
@@ -154,7 +159,8 @@ class Stepper:
 
     def _plan(self, inputs: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Plan, list[Any]]:
         leaves, spec = _flatten(inputs, kwargs)
-        key = (tuple(map(signature_of, leaves)), spec, tuple(m.training for m in self._modules))
+        flags = tuple(m.training for m in self._modules)
+        key = (tuple(map(signature_of, leaves)), spec, flags, casts())
         if key not in self._plans:
             lowered = self._forward.lower(*inputs, **self._asked(), **kwargs)
             known = (plan for plan in self._plans.values() if plan.lowered is lowered)
@@ -167,20 +173,15 @@ class Stepper:
         named = dict(input_leaves(self.objective, inputs, kwargs))
         mark_open(lowered.program, named)
         places = {name: i for i, name in enumerate(named)}
-        return Plan(run, lowered, state_homes(self.objective), places)
+        plan = Plan(run, lowered, state_homes(self.objective), places)
+        if self._compile and replays(self._mode):
+            stay_in_place(plan.kept())
+        return plan
 
     def _compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The function compiled, if that was asked for.
-
-        Of torch's guards those on tensors are kept. All else that a step reads is fixed or part of
-        the key of its plan, and looking at it takes a tenth of a small model's step.
-        """
-        if not self._compile:
-            return function
-        options = torch._inductor.list_mode_options(self._mode) | {"guard_filter_fn": _ON_TENSORS}
+        """The function compiled, if that was asked for."""
         dynamic = None if self._forward.dynamic else False
-        fresh = with_own_code(function)
-        return torch.compile(fresh, fullgraph=True, dynamic=dynamic, options=options)
+        return compiled_step(function, self._mode, dynamic) if self._compile else function
 
     def _check(self, lowered: Lowered) -> None:
         check_loss(lowered)
@@ -241,17 +242,13 @@ class Stepper:
     def _run(self, inputs: Sequence[Any], kwargs: dict[str, Any], *extra: Tensor) -> Any:
         plan, leaves = self._plan(inputs, kwargs)
         tensors = plan.tensors(leaves)
-        self._admit(plan, tensors)
-        loss, finite, *rest = self._forward_run(plan, tensors, *extra)
+        with without_casts():
+            self._admit(plan, tensors)
+            loss, finite, *rest = plan.run(tensors, self._seed, self._step, *extra)
         if self.nonfinite == "raise" and not finite:
             raise self._refusal(loss)
         self._advance()
         return plan, loss, finite, *rest
-
-    def _forward_run(self, plan: Plan, tensors: list[Tensor], *extra: Tensor) -> Any:
-        if self._mode == "reduce-overhead":
-            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
-        return plan.run(tensors, self._seed, self._step, *extra)
 
     def _advance(self) -> None:
         self.iteration += 1
@@ -263,12 +260,6 @@ class Stepper:
             "derivative is not finite; parameters and buffers are as they were. Lower the "
             'learning rate, or pass nonfinite="skip" to leave such steps out.'
         )
-
-
-def with_own_code(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The same function with a code object of its own: dynamo counts recompilations by it."""
-    code, names = function.__code__.replace(), function.__globals__
-    return types.FunctionType(code, names, function.__name__, closure=function.__closure__)
 
 
 def sum_of(terms: Iterable[Tensor]) -> Tensor:

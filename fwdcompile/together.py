@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from . import __version__
+from .autocast import without_casts
 from .binding import state_homes
 from .directions import Sphere, stream_keys
 from .drawing import kinds_of
@@ -117,9 +118,10 @@ class Together(Stepper):
         if part is None and self.broadcast_buffers:
             self.workers.follow(buffers)
         loss: Tensor
-        loss, finite, slopes, mixing = self._forward_run(plan, tensors)
-        loss, slopes = loss.to(torch.float64, copy=True), slopes.to(torch.float64, copy=True)
-        mixing = None if mixing is None else mixing.to(torch.float64, copy=True)
+        with without_casts():
+            loss, finite, slopes, mixing = plan.run(tensors, self._seed, self._step)
+        loss, slopes = loss.to(torch.float64), slopes.to(torch.float64)
+        mixing = None if mixing is None else mixing.to(torch.float64)
         if part is None:
             self._part = Part(layout, loss, slopes, mixing, bool(finite), before=before)
         elif part.layout != layout:

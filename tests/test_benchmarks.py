@@ -208,6 +208,7 @@ def test_a_file_of_another_layout_is_begun_anew(tmp_path: Path) -> None:
 def test_an_entry_is_named_by_what_is_not_the_default() -> None:
     assert results.entry_name("mlp", 64, "float32") == "mlp"
     assert results.entry_name("mlp", 8, "bfloat16") == "mlp, batch 8, bfloat16"
+    assert results.entry_name("mlp", 64, "float32", "reduce-overhead") == "mlp, reduce-overhead"
     sizes = {"mlp": 64, "cnn": 64, "resnet18": 32, "mlp, batch 8": 8}
     works = {name: {"batch": size} for name, size in sizes.items()}
     assert results.batches(works) == ", batch 64 (resnet18 32)"

@@ -74,6 +74,16 @@ def jvp_by_rule(
     return list(flat[:count]), [found.get(slot.name) for slot in program.outputs]
 
 
+def devices_of(
+    op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], wrt: tuple[int, ...]
+) -> set[str]:
+    """Where the tensors are that the row makes of arguments on torch's device without memory."""
+    moved = pytree.tree_map_only(Tensor, lambda x: x.to("meta"), (args, kwargs))
+    twin = transform(program_of(op, *moved), [f"t{i}" for i in wrt])
+    made = pytree.tree_leaves([node.meta.get("val") for node in twin.graph.nodes])
+    return {x.device.type for x in made if isinstance(x, Tensor)}
+
+
 def active_sets(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[int, ...]]:
     """Every differentiable tensor alone, and all together."""
     tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]

@@ -1,7 +1,8 @@
 """The table as a whole: every row has a sample that reaches it, and none is dead.
 
 A row's sample is one of torch's operator database, found by `python tests/rules/reach.py`, and
-the row is checked on it at first and second order; or it is one of samples.py, checked elsewhere.
+the row is checked on it at first and second order, and for tensors on another device than its
+arguments; or it is one of samples.py, checked elsewhere.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ from typing import Any
 
 import fwdcompile.rules as family
 import pytest
+from check import devices_of
 from oracle import REVIEWED
-from reach import UNCHECKED, check_row, committed, of_sample, rows
+from reach import UNCHECKED, check_row, committed, differentiable, of_sample, rows
 from samples import samples
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -75,6 +77,7 @@ def test_reached_row(op: str) -> None:
     arguments = of_sample(row, *REACHED[op])
     if row.word not in UNCHECKED and op not in ELSEWHERE:
         check_row(row, arguments)
+        assert devices_of(row.op, *arguments, differentiable(row, arguments)) == {"meta"}
 
 
 @pytest.mark.parametrize("op", sorted(SAMPLES))
