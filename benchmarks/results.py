@@ -63,6 +63,7 @@ def header(work: str, batch: int, dtype: str, device: str) -> dict[str, Any]:
         "dtype": dtype,
         "load": os.getloadavg()[0],
         "environment": environment(torch.device(device)) | {"jax": jax_version()},
+        "vectors": torch.backends.cpu.get_cpu_capability() if device == "cpu" else None,
         "allocator": {name: os.environ[name] for name in sorted(os.environ) if "MALLOC" in name},
     }
 
@@ -131,7 +132,7 @@ def refusals(works: dict[str, Any]) -> str:
 def conditions(works: dict[str, Any]) -> str:
     """The sentence below the tables: the hardware, and what each entry was run under."""
     entries = list(works.values())
-    machines = {(e["environment"]["device"], e["environment"]["threads"]) for e in entries}
+    machines = {(hardware(e), e["environment"]["threads"]) for e in entries}
     torches = sorted({e["environment"]["torch"] for e in entries})
     jaxes = sorted({e["environment"]["jax"] for e in entries if "jax-jvp" in e["methods"]} - {None})
     dtypes = sorted({e["dtype"] for e in entries})
@@ -142,6 +143,12 @@ def conditions(works: dict[str, Any]) -> str:
         f"{' and '.join(dtypes)}, load average {min(loads):.1f} to "
         f"{max(loads):.1f} at the starts{batches(works)}."
     )
+
+
+def hardware(entry: dict[str, Any]) -> str:
+    """The GPU; or the processor, with its vector instructions where they are known."""
+    device, vectors = entry["environment"]["device"], entry.get("vectors")
+    return f"{device} with {vectors}" if vectors else f"{device}"
 
 
 def batches(works: dict[str, Any]) -> str:

@@ -95,7 +95,7 @@ def perturb(program: Program, trained: Collection[str]) -> tuple[Program, list[L
     Args:
         program: a captured program.
         trained: names of parameters. Those that something else than a linear layer, a convolution
-            or an embedding reads belong to no layer.
+            or an embedding reads as its weight or bias, cast or not, belong to no layer.
 
     Returns:
         A program with further inputs `<node>.output`, which count as zero and only have tangents,
@@ -103,8 +103,12 @@ def perturb(program: Program, trained: Collection[str]) -> tuple[Program, list[L
     """
     program = program.copy()
     graph = program.graph
-    names = {node: slot.name for node, slot in program.placeholders() if slot.name in trained}
-    owned = {node: name for node, name in names.items() if all(map(_is_layer, node.users))}
+    owned: dict[Any, str] = {}
+    for parameter, slot in program.placeholders():
+        forms = {parameter, *filter(_is_cast, parameter.users)}
+        readers = {user for form in forms for user in form.users} - forms
+        if slot.name in trained and all(_has_for_weight(reader, forms) for reader in readers):
+            owned |= dict.fromkeys(forms, slot.name)
     layers, slots = [], []
     for node in [n for n in graph.nodes if _is_layer(n)]:
         bound = bind_call(node.target, node.args, node.kwargs)
@@ -118,15 +122,25 @@ def perturb(program: Program, trained: Collection[str]) -> tuple[Program, list[L
     return replace(program, inputs=(*program.inputs, *slots)), layers
 
 
+def _is_cast(node: fx.Node) -> bool:
+    return node.target is aten._to_copy.default and set(node.kwargs) == {"dtype"}
+
+
+def _has_for_weight(node: fx.Node, forms: Collection[fx.Node]) -> bool:
+    """Whether this is a layer that takes none of the forms of a parameter for its data."""
+    if not _is_layer(node):
+        return False
+    bound = bind_call(node.target, node.args, node.kwargs)  # type: ignore[arg-type]
+    return bound.get("input", bound.get("indices")) not in forms
+
+
 def _is_layer(node: fx.Node) -> bool:
-    """Whether this is a product of a batch by a weight, the latter in its place alone."""
+    """Whether this is a product of a batch by a weight."""
     if node.target not in _GRADIENTS:
         return False
     op: Any = node.target
-    bound = bind_call(op, node.args, node.kwargs)
-    data = bound.get("input", bound.get("indices"))
-    least = _BATCHED.get(op, value(bound["weight"]).ndim)
-    return value(node).ndim >= least and data not in (bound["weight"], bound.get("bias"))
+    weight = bind_call(op, node.args, node.kwargs)["weight"]
+    return bool(value(node).ndim >= _BATCHED.get(op, value(weight).ndim))
 
 
 def _gates(node: fx.Node) -> list[fx.Node]:
@@ -178,6 +192,7 @@ def gradients(program: Program, layers: Sequence[Layer], clip: float | None = No
     inputs = {(s.name, s.direction): n for n, s in program.placeholders() if s.kind == "tangent"}
     slopes = {(s.name, s.direction): n for n, s in program.results() if s.kind == "tangent"}
     reached = outputs_reached(program)
+    dtypes = {slot.name: value(node).dtype for node, slot in program.placeholders()}
     nodes = {node.name: node for node in graph.nodes}
     found: dict[str, Tensor] = {}
     for layer in (layer for layer in layers if reached[layer.slot]):
@@ -199,7 +214,7 @@ def gradients(program: Program, layers: Sequence[Layer], clip: float | None = No
                 u = through(nodes[name], u, recorder)
             grads = _GRADIENTS[node.target](u, fx.map_arg(bound, recorder.fake))  # type: ignore
             for argument, name in layer.parameters.items():
-                new = grads[argument]
+                new = grads[argument].to(dtypes[name])
                 found[name] = found[name] + new if name in found else new
         out.meta |= {key: node.meta[key] for key in ("source", "module") if key in node.meta}
         label(out, before)

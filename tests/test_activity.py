@@ -48,6 +48,17 @@ class Shared(nn.Module):
         return self.fc(torch.tanh(self.fc(x)))
 
 
+class Composed(nn.Module):
+    """A layer takes the weight of another for its data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.outer = nn.Linear(2, 3, bias=False), nn.Linear(2, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.inner(x)) @ self.outer(self.inner.weight)
+
+
 def mlp() -> nn.Module:
     return nn.Sequential(nn.Linear(3, 2), nn.Tanh(), nn.Linear(2, 3, bias=False))
 
@@ -69,6 +80,7 @@ def batch(model: Callable[[], nn.Module]) -> tuple[nn.Module, Tensor, Tensor]:
         mlp: torch.randn(2, 3),
         rectified: torch.randn(2, 3),
         Shared: torch.randn(2, 2),
+        Composed: torch.randn(2, 2),
     }
     inputs = x[model].double() if model in x else torch.tensor([1, 3])
     return net, inputs, torch.tensor([0, 1])
@@ -118,7 +130,7 @@ def test_the_mean_over_all_directions_is_the_gradient(
             torch.testing.assert_close(mean, state[slot.name].grad)
 
 
-@pytest.mark.parametrize("model", [mlp, images, Tied, Shared])
+@pytest.mark.parametrize("model", [mlp, images, Tied, Shared, Composed])
 def test_forward_gradients_come_near_the_gradient(model: Callable[[], nn.Module]) -> None:
     net, x, y = batch(model)
     grad = fwdcompile.ForwardGradient(
@@ -157,6 +169,14 @@ def test_a_parameter_of_no_layer_keeps_a_direction_of_its_own() -> None:
     # the table is read by an embedding and transposed: no layer owns it
     assert sorted(tangents) == ["embed.weight", "scale"]
     assert not [slot for slot in program.outputs if slot.kind == "gradient"]
+
+
+def test_a_weight_that_is_data_elsewhere_belongs_to_no_layer() -> None:
+    net, x, y = batch(Composed)
+    program = ActivityForward(Objective(net, each)).lower(x, y).program
+    assert "inner.weight" in [slot.name for slot in program.inputs if slot.kind == "tangent"]
+    found = [slot.name for slot in program.outputs if slot.kind == "gradient"]
+    assert sorted(found) == ["outer.bias", "outer.weight"]
 
 
 def test_rank_one_directions_stay_with_the_weights() -> None:

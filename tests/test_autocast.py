@@ -127,6 +127,7 @@ STEPS: list[tuple[Any, dict[str, Any]]] = [
     (FGD, {"directions": Rademacher(), "store_directions": False}),
     (DistributedFGD, {"directions": Rademacher()}),
     (ForwardGradient, {}),
+    (ForwardGradient, {"perturb": "activations"}),
 ]
 
 
@@ -146,6 +147,15 @@ def test_steps_are_those_of_a_model_that_casts_by_hand(
     assert_same(model.parameters(), by_hand.parameters())
     if made is ForwardGradient:
         assert_same((p.grad for p in model.parameters()), (p.grad for p in by_hand.parameters()))
+
+
+def test_layers_are_found_behind_their_casts():
+    model, _, _ = twins()
+    gradient = ForwardGradient(model, loss_of, perturb="activations", compile=False)
+    with autocast():
+        gradient(X, Y)
+    assert "fc1_weight_grad: f32[8, 6]" in gradient.code
+    assert "fc1_weight_dot" not in gradient.code
 
 
 def test_a_step_outside_is_as_if_there_had_been_none_inside():

@@ -200,6 +200,13 @@ def test_a_run_replaces_its_own_entry_and_no_other(tmp_path: Path) -> None:
     assert environment["torch"] == torch.__version__ and environment["device"]
 
 
+def test_the_hardware_is_named_with_its_vectors() -> None:
+    named = entry("mlp", {"base": cell(1)})
+    assert results.hardware(named).endswith(f" with {torch.backends.cpu.get_cpu_capability()}")
+    assert results.hardware(named | {"vectors": None}) == named["environment"]["device"]
+    assert results.hardware(named) in results.conditions({"mlp": named})
+
+
 def test_a_file_of_another_layout_is_begun_anew(tmp_path: Path) -> None:
     (tmp_path / "old.json").write_text('{"models": {}}')
     assert results.load(tmp_path / "old.json") == {"works": {}}
@@ -244,11 +251,11 @@ def test_only_peers_may_refuse(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(STEPS, method, broken)
     work = WORKS["logistic-regression"]
     methods = ["torch-jvp", "forward-ad"]
-    found = step.measure(work, methods, 2, CPU, torch.float32, 2)
+    found = step.measure(work, methods, 2, CPU, torch.float32, "default", 2)
     assert found["forward-ad"] == {"refused": "RuntimeError: cannot"}
     assert found["torch-jvp"]["ms"] > 0
     with pytest.raises(RuntimeError, match="cannot"):
-        step.measure(work, ["backprop"], 2, CPU, torch.float32, 2)
+        step.measure(work, ["backprop"], 2, CPU, torch.float32, "default", 2)
     assert not any(name.startswith(("fgd", "base")) for name in PEERS)
 
 
@@ -273,7 +280,7 @@ def test_plots_are_written_and_equal_for_equal_results(
 
 @linux
 def test_memory_of_backprop_in_a_fresh_process_holds_its_gradients() -> None:
-    found = memory.fresh("mlp-depth-1", "backprop", 64, "cpu", "float32")
+    found = memory.fresh("mlp-depth-1", "backprop", "64", "cpu", "float32", "default")
     assert found["parameters"] == 4 * (784 * 1024 + 1024 * 10)
     assert found["parameters"] < found["peak"] < 2.5 * found["parameters"]
 
