@@ -147,8 +147,9 @@ def conditions(works: dict[str, Any]) -> str:
 
 def hardware(entry: dict[str, Any]) -> str:
     """The GPU; or the processor, with its vector instructions where they are known."""
-    device, vectors = entry["environment"]["device"], entry.get("vectors")
-    return f"{device} with {vectors}" if vectors else f"{device}"
+    device: str = entry["environment"]["device"]
+    vectors = entry.get("vectors")
+    return f"{device} with {vectors}" if vectors else device
 
 
 def batches(works: dict[str, Any]) -> str:

@@ -94,8 +94,8 @@ def perturb(program: Program, trained: Collection[str]) -> tuple[Program, list[L
 
     Args:
         program: a captured program.
-        trained: names of parameters. Those that something else than a linear layer, a convolution
-            or an embedding reads as its weight or bias, cast or not, belong to no layer.
+        trained: names of parameters. Those that are read otherwise than as the weight or bias of
+            linear layers, convolutions and embeddings, cast or not, belong to no layer.
 
     Returns:
         A program with further inputs `<node>.output`, which count as zero and only have tangents,

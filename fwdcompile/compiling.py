@@ -41,6 +41,7 @@ def with_own_code(function: Callable[..., Any]) -> Callable[..., Any]:
     return types.FunctionType(code, names, function.__name__, closure=function.__closure__)
 
 
+@functools.cache
 def replays(mode: str) -> bool:
     """Whether a mode records CUDA graphs, each run of which writes over the results of the last."""
     return bool(torch._inductor.list_mode_options(mode).get("triton.cudagraphs"))

@@ -57,8 +57,8 @@ class Plan:
     def kept(self) -> list[Tensor]:
         """The model's parameters and buffers that the program reads."""
         slots = self.lowered.program.inputs
-        names = (slot.name for slot in slots if slot.kind in ("parameter", "buffer"))
-        return [home[key] for home, key in map(self.state.__getitem__, names)]
+        homes = (self.state[slot.name] for slot in slots if slot.kind in ("parameter", "buffer"))
+        return [home[key] for home, key in homes]
 
     def trained(self) -> list[Tensor]:
         """The parameters that have tangents, in the order of their keys, then all others."""
