@@ -1,6 +1,6 @@
-"""How fast directions are drawn: compiled normals and signs against eager torch.randn, on the CPU.
+"""How fast directions are drawn: compiled normals and signs against eager torch.randn.
 
-    python benchmarks/directions.py [--out docs/results/directions-cpu.json]
+    python benchmarks/directions.py [--device cuda] [--out docs/results]
 
 All three write into the same tensor, so that the allocator is in none of the times. Each round
 times them one after another; a ratio is the median of the rounds' own ratios. Batches of rounds
@@ -16,7 +16,6 @@ import os
 import platform
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from torch import Tensor
 
 from fwdcompile.costs import device_name
 from fwdcompile.directions import Directions, Normal, Rademacher, stream_keys
+from fwdcompile.measure import timed
 
 COUNT = 1_860_000
 THREADS = 2
@@ -42,15 +42,15 @@ def compiled_draw(directions: Directions, out: Tensor) -> Callable[[Tensor, Tens
     return fill
 
 
-def seconds(action: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    action()
-    return time.perf_counter() - start
-
-
-def batch(actions: dict[str, Callable[[], object]], rounds: int) -> dict[str, dict[str, float]]:
+def batch(
+    actions: dict[str, Callable[[], object]], rounds: int, device: torch.device
+) -> dict[str, dict[str, float]]:
     """Median milliseconds and median paired speed-up over the first action, by name."""
-    times = [{name: seconds(action) for name, action in actions.items()} for _ in range(rounds)]
+    # a GPU works behind the clock: many draws, and one wait for it
+    draws = 1 if device.type == "cpu" else 100
+    times = [
+        {name: timed(run, draws, device) for name, run in actions.items()} for _ in range(rounds)
+    ]
     base = next(iter(actions))
     return {
         name: {
@@ -65,26 +65,26 @@ def agree(a: dict[str, dict[str, float]], b: dict[str, dict[str, float]]) -> boo
     return all(abs(a[k]["speedup"] / b[k]["speedup"] - 1) <= AGREEMENT for k in a)
 
 
-def measure(rounds: int, batches: int) -> dict[str, object]:
+def measure(rounds: int, batches: int, device: torch.device) -> dict[str, object]:
     """The last batch's medians, whether it agreed with the one before, and every batch's ratios."""
     load = os.getloadavg()[0]
     torch.set_num_threads(THREADS)
-    out = torch.empty(COUNT)
-    seed, step = torch.tensor(0), torch.tensor(0)
+    out = torch.empty(COUNT, device=device)
+    seed, step = torch.tensor(0, device=device), torch.tensor(0, device=device)
     normal, signs = compiled_draw(Normal(), out), compiled_draw(Rademacher(), out)
     actions: dict[str, Callable[[], object]] = {
-        "torch.randn eager": lambda: torch.randn(COUNT, out=out),
+        "torch.randn eager": lambda: torch.randn(COUNT, out=out, device=device),
         "Normal compiled": lambda: normal(seed, step),
         "Rademacher compiled": lambda: signs(seed, step),
     }
-    batch(actions, 5)
-    done = [batch(actions, rounds)]
+    batch(actions, 5, device)
+    done = [batch(actions, rounds, device)]
     stable = False
     while len(done) < batches and not stable:
-        done.append(batch(actions, rounds))
+        done.append(batch(actions, rounds, device))
         stable = agree(done[-2], done[-1])
     return {
-        "cpu": device_name(torch.device("cpu")),
+        "device": device_name(device),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "threads": THREADS,
@@ -102,12 +102,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=40, help="paired rounds a batch")
     parser.add_argument("--batches", type=int, default=12, help="the most batches to run")
-    parser.add_argument("--out", type=Path, default=Path("docs/results/directions-cpu.json"))
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--out", type=Path, default=Path("docs/results"))
     args = parser.parse_args()
-    result = measure(args.rounds, args.batches)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
+    result = measure(args.rounds, args.batches, torch.device(args.device))
+    args.out.mkdir(parents=True, exist_ok=True)
     text = json.dumps(result, indent=2)
-    args.out.write_text(text + "\n")
+    (args.out / f"directions-{args.device}.json").write_text(text + "\n")
     print(text)
     return 0 if result["stable"] else 1
 

@@ -11,17 +11,18 @@ from __future__ import annotations
 import gc
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
 from results import (
     DTYPES,
-    THREADS,
     conditions,
     entry_name,
     header,
     load,
     parser,
+    prepare,
     refusal,
     refusals,
     replace,
@@ -50,22 +51,25 @@ RUNS: tuple[tuple[str, int], ...] = (
 
 def main() -> None:
     options = parser(__doc__)
+    options.add_argument("--at-once", type=int, default=1, help="processes beside each other")
     options.add_argument("--one", nargs=6, help="for the fresh process: measures here, one method")
     options = options.parse_args()
     if options.one:
         print(json.dumps(measure(*options.one)))
         return
-    torch.set_num_threads(THREADS)
+    prepare(options.dtype)
     os.environ.update(ALLOCATOR)
     path = options.out / f"memory-{options.device}.json"
-    runs = [(w, options.batch or WORKS[w].batch) for w in options.works or ()]
-    for work, batch in runs or RUNS:
+    runs = [(w, options.batch or WORKS[w].batch) for w in options.works or ()] or RUNS
+    how = options.device, options.dtype, options.mode
+    pool = ThreadPoolExecutor(options.at_once)
+    cells = pool.map(fresh, ((w, m, str(b), *how) for w, b in runs for m in options.methods))
+    for work, batch in runs:
         name = entry_name(work, batch, options.dtype, options.mode)
         known = load(path)["works"].get(name, {}).get("methods", {})
         entry = header(work, batch, options.dtype, options.device) | {"methods": known}
         for method in options.methods:
-            cell = fresh(work, method, str(batch), options.device, options.dtype, options.mode)
-            entry["methods"][method] = cell
+            entry["methods"][method] = cell = next(cells)
             print(work, batch, method, cell, flush=True)
         for cell in entry["methods"].values():
             rival = entry["methods"].get(RIVAL)
@@ -75,7 +79,7 @@ def main() -> None:
         path.with_suffix(".md").write_text(page(results))
 
 
-def fresh(*of: str) -> dict[str, Any]:
+def fresh(of: tuple[str, ...]) -> dict[str, Any]:
     """`measure` in a new process."""
     found: dict[str, Any] = in_fresh_process(__file__, "--one", *of)
     return found
@@ -87,7 +91,7 @@ def measure(
     """Bytes of the peak, of the parameters and of the data; or the words of a peer's refusal."""
     if device == "cuda" and method == "jax-jvp":
         return {"refused": "torch's allocator does not count the memory of JAX"}
-    torch.set_num_threads(THREADS)
+    prepare(dtype)
     problem = WORKS[work].problem(int(batch), torch.device(device), DTYPES[dtype], mode)
     parameters = sum(p.nbytes for p in problem.model.parameters())
     try:

@@ -20,8 +20,9 @@ from works import HEADS, Attention, Decoder, Encoder, Perceptron, Problem
 
 from fwdcompile.data import import_torchvision
 
-# what torch does on a GPU by default; JAX would round factors to TF32 there
-jax.config.update("jax_default_matmul_precision", "float32")
+# as torch was told; JAX would round factors to TF32 on a GPU
+ROUNDED = torch.get_float32_matmul_precision() == "high"
+jax.config.update("jax_default_matmul_precision", "tensorfloat32" if ROUNDED else "float32")
 resnet = import_torchvision().models.resnet
 # from the values of parameters by name, and an input, to an output
 Apply = Callable[[Any, Any], Any]

@@ -1,56 +1,65 @@
 """Where the time of one step goes: its slowest calls, by torch's profiler.
 
-python benchmarks/profile_step.py [--out docs/results]
+python benchmarks/profile_step.py [--works mlp] [--device cuda --dtype tf32] [--out docs/results]
+
+On a GPU the time is that of its kernels.
 """
 
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 import torch
-from results import RESULTS, THREADS
+from results import DTYPES, THREADS, entry_name, parser, prepare
 from steps import STEPS
 from torch.profiler import ProfilerActivity, profile
 from works import PAPER, WORKS
 
 from fwdcompile.costs import device_name
+from fwdcompile.measure import synchronize
 
 METHODS = ("backprop-compiled", "fgd rademacher", "fgd rank-one")
 WARM_UP, REPEATS, SHOWN = 5, 20, 7
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    options.add_argument("--out", type=Path, default=RESULTS)
-    out = options.parse_args().out
-    torch.set_num_threads(THREADS)
+    options = parser(__doc__)
+    options.set_defaults(works=PAPER, methods=METHODS)
+    options = options.parse_args()
+    prepare(options.dtype)
     torch._inductor.config.cpp.enable_kernel_profile = True
-    parts = [part(work, method) for work in PAPER for method in METHODS]
-    machine = f"{device_name(torch.device('cpu'))}, {THREADS} threads, torch {torch.__version__}"
-    text = "\n".join([f"Self time of a step's slowest calls. {machine}.\n", *parts])
-    (out / "profile-cpu.md").write_text(text)
+    parts = [part(work, method, options) for work in options.works for method in options.methods]
+    machine = f"{device_name(torch.device(options.device))}, torch {torch.__version__}"
+    threads = f", {THREADS} threads" if options.device == "cpu" else ""
+    text = "\n".join([f"Self time of a step's slowest calls. {machine}{threads}.\n", *parts])
+    (options.out / f"profile-{options.device}.md").write_text(text)
     print(text)
 
 
-def part(work: str, method: str) -> str:
+def part(work: str, method: str, options: argparse.Namespace) -> str:
     """A table of the slowest calls of one method."""
     torch._dynamo.reset()
-    device = torch.device("cpu")
-    step = STEPS[method](WORKS[work].problem(WORKS[work].batch, device, torch.float32))
+    batch, device = options.batch or WORKS[work].batch, torch.device(options.device)
+    step = STEPS[method](WORKS[work].problem(batch, device, DTYPES[options.dtype], options.mode))
     for _ in range(WARM_UP):
         step()
-    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as found:
+    on_gpu = options.device == "cuda"
+    activity = ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU
+    with profile(activities=[activity], record_shapes=True) as found:
         for _ in range(REPEATS):
             step()
+        synchronize(device)
     calls = found.key_averages(group_by_input_shape=True)
-    calls = sorted(calls, key=lambda call: call.self_cpu_time_total, reverse=True)
-    total = sum(call.self_cpu_time_total for call in calls)
-    rows = [f"| {work}, {method}: call | shapes | ms a step | share |", "|---|---|---|---|"]
-    for call in calls[:SHOWN]:
+    times = [(c.self_device_time_total if on_gpu else c.self_cpu_time_total, c) for c in calls]
+    times.sort(key=lambda pair: -pair[0])
+    total = sum(time for time, _ in times)
+    name = entry_name(work, batch, options.dtype, options.mode)
+    rows = [f"| {name}, {method}: call | shapes | a step | ms a step | share |", "|---" * 5 + "|"]
+    for time, call in times[:SHOWN]:
         shapes = ", ".join("x".join(map(str, s)) for s in call.input_shapes if s)
-        ms, share = call.self_cpu_time_total / REPEATS / 1e3, call.self_cpu_time_total / total
-        rows.append(f"| {_short(call.key)} | {shapes} | {ms:.3f} | {share:.0%} |")
+        count, ms, share = call.count / REPEATS, time / REPEATS / 1e3, time / total
+        rows.append(f"| {_short(call.key)} | {shapes} | {count:g} | {ms:.3f} | {share:.0%} |")
+    rows.append(f"| all | | | {total / REPEATS / 1e3:.3f} | |")
     return "\n".join(rows) + "\n"
 
 

@@ -19,7 +19,8 @@ from fwdcompile.config import MODES
 from fwdcompile.runner import environment
 
 THREADS = 2
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# "tf32": factors rounded to ten bits in the products of a GPU, torch's and JAX's alike
+DTYPES = {"float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16}
 RESULTS = Path("docs/results")
 Cells = dict[str, dict[str, Any]]
 
@@ -38,6 +39,14 @@ def parser(description: str) -> argparse.ArgumentParser:
     options.add_argument("--mode", default="default", choices=MODES, help="torch.compile's")
     options.add_argument("--out", type=Path, default=RESULTS)
     return options
+
+
+def prepare(dtype: str) -> None:
+    """Threads and the precision of products, as all methods have them."""
+    torch.set_num_threads(THREADS)
+    rounded = dtype == "tf32"
+    torch.set_float32_matmul_precision("high" if rounded else "highest")
+    torch.backends.cudnn.allow_tf32 = rounded
 
 
 def publish(directory: Path, name: str, result: dict[str, Any], page: str) -> None:
@@ -108,10 +117,16 @@ def table(title: str, columns: dict[str, Cells], text: Callable[[dict[str, Any]]
 
 
 def tables(title: str, works: dict[str, Any], text: Callable[[dict[str, Any]], str]) -> list[str]:
-    """The paper's three works first, the others below."""
-    cells = {name: entry["methods"] for name, entry in works.items()}
-    groups = ([n for n in cells if n in PAPER], [n for n in cells if n not in PAPER])
-    return [table(title, {n: cells[n] for n in names}, text) for names in groups if names]
+    """For each batch, dtype and mode the paper's three works first, the others below."""
+    groups: dict[tuple[str, bool], dict[str, Cells]] = {}
+    for name, entry in works.items():
+        work, _, conditions = name.partition(", ")
+        groups.setdefault((conditions, work not in PAPER), {})[work] = entry["methods"]
+    ordered = sorted(groups.items(), key=lambda item: item[0])
+    return [
+        table(", ".join(filter(None, (title, conditions))), columns, text)
+        for (conditions, _), columns in ordered
+    ]
 
 
 def with_ratio(number: str, cell: dict[str, Any]) -> str:

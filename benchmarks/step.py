@@ -9,22 +9,24 @@ A run of some works replaces their entries in the results file and leaves the ot
 from __future__ import annotations
 
 import argparse
+import fcntl
 import gc
 import itertools
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from results import (
     DTYPES,
-    THREADS,
     Cells,
     conditions,
     entry_name,
     header,
     load,
     parser,
+    prepare,
     refusal,
     refusals,
     replace,
@@ -44,6 +46,7 @@ from fwdcompile.objective import Objective
 
 # threads of one framework spin a while after their last work, beside those of the next
 PAUSE = 0.02
+ON_GPU = 5
 CAPTURED = "capture and transform, seconds"
 COMPILED_PEERS, JAX = ("torch-jvp-compiled", "torch-jvp-randn-compiled"), "jax-jvp"
 RATIOS = ("fgd normal", "fgd rank-one")
@@ -53,8 +56,9 @@ def main() -> None:
     options = parser(__doc__)
     options.add_argument("--pairs", type=int, default=24, help="turns that each method takes")
     options.add_argument("--capture", action="store_true", help="with --works, times that too")
+    options.add_argument("--turns", type=Path, help="file that runs beside this one share")
     options = options.parse_args()
-    torch.set_num_threads(THREADS)
+    prepare(options.dtype)
     path = options.out / f"step-{options.device}.json"
     # seconds of the first step shall find nothing that an earlier run compiled
     with fresh_cache():
@@ -71,18 +75,47 @@ def run_works(options: argparse.Namespace, path: Path) -> None:
     for work in options.works or WORKS:
         batch = options.batch or WORKS[work].batch
         entry = header(work, batch, options.dtype, options.device) | {"pairs": options.pairs}
-        entry["methods"] = measure(
-            WORKS[work],
-            options.methods,
-            batch,
-            torch.device(options.device),
-            DTYPES[options.dtype],
-            options.mode,
-            options.pairs,
-        )
         name = entry_name(work, batch, options.dtype, options.mode)
-        path.with_suffix(".md").write_text(page(replace(path, name, entry)))
+        with Turns(options.turns) as turns:
+            entry["methods"] = measure(
+                WORKS[work],
+                options.methods,
+                batch,
+                torch.device(options.device),
+                DTYPES[options.dtype],
+                options.mode,
+                options.pairs,
+                turns.alone,
+            )
+            path.with_suffix(".md").write_text(page(replace(path, name, entry)))
         print(page({"works": {name: entry}}), flush=True)
+
+
+class Turns:
+    """Several runs on one machine: all compile beside each other, then one after another is timed.
+
+    Compilation holds the file's lock together with others, timing and writing results alone: no
+    clock starts before the last compilation has ended.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self._file = path.open("a") if path else None
+
+    def __enter__(self) -> Turns:
+        self._lock(fcntl.LOCK_SH)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lock(fcntl.LOCK_UN)
+
+    def alone(self) -> None:
+        """Waits until no other run compiles or is timed."""
+        self._lock(fcntl.LOCK_UN)
+        self._lock(fcntl.LOCK_EX)
+
+    def _lock(self, operation: int) -> None:
+        if self._file:
+            fcntl.flock(self._file, operation)
 
 
 def measure(
@@ -93,11 +126,15 @@ def measure(
     dtype: torch.dtype,
     mode: str,
     pairs: int,
+    alone: Callable[[], object] = lambda: None,
 ) -> Cells:
     """Milliseconds of a step, ratios to rivals, seconds of the first step; or who refused.
 
-    JAX comes last and takes turns with few: its threads spin on and would disturb all others.
+    JAX takes turns with few, and comes last on the CPU: its threads there spin on and would disturb
+    all others. `alone` is called when the others are compiled, before a clock starts.
     """
+    # a GPU works behind the clock: several steps, and one wait for it
+    inner = work.inner if device.type == "cpu" else max(work.inner, ON_GPU)
     runs: dict[str, Run] = {}
     first: dict[str, float] = {}
     refused: Cells = {}
@@ -112,16 +149,19 @@ def measure(
             runs.pop(method, None)
             refused[method] = refusal(error)
 
+    spinning = JAX if device.type == "cpu" else None
     for method in methods:
-        if method != JAX:
+        if method != spinning:
             start(method)
-    turns = take_turns(runs, work.inner, device, pairs)
-    cells = {method: summary(turns, method, first[method]) for method in runs}
-    if JAX in methods:
+    alone()
+    others = {m: run for m, run in runs.items() if m != JAX}
+    turns = take_turns(others, inner, device, pairs)
+    cells = {method: summary(turns, method, first[method]) for method in others}
+    if spinning in methods:
         start(JAX)
     if JAX in runs:
         against = {m: runs[m] for m in (JAX, RIVAL, *RATIOS) if m in runs}
-        turns = take_turns(against, work.inner, device, pairs, PAUSE)
+        turns = take_turns(against, inner, device, pairs, PAUSE)
         cells[JAX] = summary(turns, JAX, first[JAX])
         for method in set(RATIOS) & set(runs):
             cells[method][f"ratio to {JAX}"] = ratio(turns, method, JAX)

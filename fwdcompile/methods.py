@@ -14,7 +14,7 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
-from .compiling import with_own_code
+from .compiling import replays, stay_in_place, with_own_code
 from .config import OPTIMIZERS, Config
 from .directions import RankOne, dense_tensor
 from .distributed import DistributedFGD, DistributedForwardGradient
@@ -207,10 +207,13 @@ def torch_jvp(
         return loss, finite
 
     run = compiled_by(config, update) if compiled else update
+    values = [p.detach() for p in parameters.values()]
+    if compiled and replays(config.mode):
+        stay_in_place(values)
 
     @torch.no_grad()
     def step(x: Tensor, y: Tensor) -> Tensor:
-        loss, finite = run(x, y, [p.detach() for p in parameters.values()])
+        loss, finite = run(x, y, values)
         if not finite:
             _refuse(loss, int(count), config)
         count.add_(1)

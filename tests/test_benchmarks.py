@@ -280,7 +280,7 @@ def test_plots_are_written_and_equal_for_equal_results(
 
 @linux
 def test_memory_of_backprop_in_a_fresh_process_holds_its_gradients() -> None:
-    found = memory.fresh("mlp-depth-1", "backprop", "64", "cpu", "float32", "default")
+    found = memory.fresh(("mlp-depth-1", "backprop", "64", "cpu", "float32", "default"))
     assert found["parameters"] == 4 * (784 * 1024 + 1024 * 10)
     assert found["parameters"] < found["peak"] < 2.5 * found["parameters"]
 
@@ -290,7 +290,7 @@ def test_a_run_of_some_methods_leaves_the_memory_of_others(
 ) -> None:
     cells = {"base": {"peak": 2 * MIB}, "backprop-compiled": {"peak": 8 * MIB}}
     monkeypatch.setattr(memory, "ALLOCATOR", {})
-    monkeypatch.setattr(memory, "fresh", lambda work, method, *rest: dict(cells[method]))
+    monkeypatch.setattr(memory, "fresh", lambda of: dict(cells[of[1]]))
     for method in cells:
         arguments = ["memory.py", "--works", "mlp", "--methods", method, "--out", str(tmp_path)]
         monkeypatch.setattr(sys, "argv", arguments)
