@@ -103,7 +103,7 @@ def _fastest(product: Product, forms: Mapping[str, Callable[..., Any]]) -> str:
 
 
 def _recorded(run: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
-    """On CUDA some runs as a graph: launches take longer than small products, programs hide them."""
+    """On CUDA some runs as one graph: alone, a small product takes less time than its launch."""
     if device.type != "cuda":
         return run
     run()
