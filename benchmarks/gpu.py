@@ -3,7 +3,8 @@
     python benchmarks/gpu.py [--only mlp:64:tf32,cnn:1024:bfloat16] [--out docs/results]
 
 Compiled one after another they would keep the GPU for an hour, idle most of it. All start at once,
-and are timed one by one when the last of them has compiled. What each says is in `runs/gpu`.
+and are timed one by one when the last of them has compiled. What each says is in `runs/gpu`. An
+entry that takes longer than `--limit` to compile is left out.
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ import argparse
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from results import RESULTS
+from step import COMPILED
 from works import PAPER
 
 STEP, LOGS = Path(__file__).with_name("step.py"), Path("runs/gpu")
@@ -36,10 +39,17 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     options.add_argument("--only", default=",".join(ENTRIES), help="work:batch:dtype, some of them")
     options.add_argument("--mode", default="reduce-overhead", help="torch.compile's")
+    options.add_argument("--limit", type=float, default=900, help="seconds for compilation")
     options.add_argument("--out", type=Path, default=RESULTS)
     options = options.parse_args()
     LOGS.mkdir(parents=True, exist_ok=True)
     runs = {entry: start(entry, options) for entry in options.only.split(",")}
+    latest = time.monotonic() + options.limit
+    while time.monotonic() < latest and not all(map(compiled, runs)):
+        time.sleep(1)
+    for entry, run in runs.items():
+        if not compiled(entry):
+            run.kill()
     failed = [entry for entry, run in runs.items() if run.wait()]
     for entry in failed:
         print(f"{entry} failed:\n{log(entry).read_text()[-3000:]}", flush=True)
@@ -62,6 +72,11 @@ def start(entry: str, options: argparse.Namespace) -> subprocess.Popen[bytes]:
             stdout=told,
             stderr=subprocess.STDOUT,
         )
+
+
+def compiled(entry: str) -> bool:
+    """Whether a run has compiled all that it times."""
+    return COMPILED in log(entry).read_text()
 
 
 def log(entry: str) -> Path:

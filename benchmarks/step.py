@@ -47,6 +47,7 @@ from fwdcompile.objective import Objective
 # threads of one framework spin a while after their last work, beside those of the next
 PAUSE = 0.02
 ON_GPU = 5
+COMPILED = "all methods are compiled"
 CAPTURED = "capture and transform, seconds"
 COMPILED_PEERS, JAX = ("torch-jvp-compiled", "torch-jvp-randn-compiled"), "jax-jvp"
 RATIOS = ("fgd normal", "fgd rank-one")
@@ -110,6 +111,7 @@ class Turns:
 
     def alone(self) -> None:
         """Waits until no other run compiles or is timed."""
+        print(COMPILED, flush=True)
         self._lock(fcntl.LOCK_UN)
         self._lock(fcntl.LOCK_EX)
 

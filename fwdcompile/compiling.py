@@ -1,10 +1,11 @@
-"""How torch.compile is asked for a program: its options, and what CUDA graphs want of a step."""
+"""How torch.compile is asked for a program: its options, and steps that CUDA graphs run."""
 
 from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Callable, Iterable
+import warnings
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -17,22 +18,92 @@ _ON_TENSORS = functools.partial(torch.compiler.keep_tensor_guards_unsafe, keep_p
 def compiled_step(
     function: Callable[..., Any], mode: str, dynamic: bool | None
 ) -> Callable[..., Any]:
-    """A step compiled as one graph in a mode of torch.compile; its results are the caller's own.
+    """A step compiled as one graph in a mode of torch.compile, which records no CUDA graph.
 
     Of torch's guards those on tensors are kept. All else that a step reads is fixed or part of
     the key of its plan, and looking at it takes a tenth of a small model's step.
     """
     options = torch._inductor.list_mode_options(mode) | {"guard_filter_fn": _ON_TENSORS}
+    options["triton.cudagraphs"] = False
     fresh = with_own_code(function)
-    graph = torch.compile(fresh, fullgraph=True, dynamic=dynamic, options=options)
-    if not replays(mode):
-        return graph
+    return torch.compile(fresh, fullgraph=True, dynamic=dynamic, options=options)
 
-    def replay(*args: Any) -> Any:
-        torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
-        return pytree.tree_map_only(Tensor, torch.clone, graph(*args))
 
-    return replay
+class Replayed:
+    """A step that a CUDA graph runs: one launch for all of its kernels.
+
+    torch.compile's own CUDA graphs take some hundred microseconds of the host for each run, more
+    than the kernels of a small model take of the GPU.
+
+    Args:
+        run: from a list of tensors and some further ones to results, by kernels alone.
+        moving: places in the list of those that are others at each call: the graph reads copies.
+            The rest it reads and writes where they are, and is recorded anew where they move.
+        written: the moving ones that a run writes to.
+
+    The first run for some memory and some shapes launches its kernels by itself: it compiles, and
+    libraries take what they need. The second is recorded. Results are the caller's own.
+    """
+
+    def __init__(
+        self, run: Callable[..., Any], moving: Sequence[int], written: Sequence[int]
+    ) -> None:
+        self._run, self._moving, self._written = run, frozenset(moving), tuple(written)
+        self._kept: tuple[int, ...] = ()
+        self._tensors: dict[Any, list[Tensor]] = {}
+        self._replays: dict[Any, Callable[[], Any]] = {}
+        self._pool: Any = None
+
+    def __call__(self, tensors: Sequence[Tensor], *numbers: Tensor) -> Any:
+        """The results of the step, as `run` returns them."""
+        kept = tuple(x.data_ptr() for i, x in enumerate(tensors) if i not in self._moving)
+        if kept != self._kept:
+            self._kept, self._tensors, self._replays = kept, {}, {}
+        shapes = tuple(tensors[i].shape for i in self._moving)
+        known = shapes in self._tensors
+        if not known:
+            self._tensors[shapes] = [
+                torch.empty_like(x) if i in self._moving else x for i, x in enumerate(tensors)
+            ]
+        own = self._tensors[shapes]
+        for i in self._moving:
+            own[i].copy_(tensors[i])
+        if known and shapes not in self._replays:
+            run = functools.partial(self._run, own, *numbers)
+            self._replays[shapes] = self._record(run, [*own, *numbers])
+        results = self._replays[shapes]() if known else self._run(own, *numbers)
+        for i in self._written:
+            tensors[i].copy_(own[i])
+        return pytree.tree_map_only(Tensor, torch.clone, results) if known else results
+
+    def _record(self, run: Callable[[], Any], tensors: Sequence[Tensor]) -> Callable[[], Any]:
+        """What runs a graph of `run` and gives its results, in the same memory each time."""
+        devices = {x.device for x in tensors}
+        if len(devices) > 1:
+            return _unrecorded(run, f"its tensors are on {', '.join(sorted(map(str, devices)))}")
+        (device,) = devices
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream(device)
+        try:
+            with (
+                torch.cuda.device(device),
+                torch.cuda.graph(graph, self._pool, capture_error_mode="thread_local"),
+            ):
+                results = run()
+        except RuntimeError as error:
+            torch.cuda.set_stream(stream)
+            return _unrecorded(run, str(error).partition("\n")[0])
+
+        def replay() -> Any:
+            graph.replay()
+            return results
+
+        return replay
+
+
+def _unrecorded(run: Callable[[], Any], reason: str) -> Callable[[], Any]:
+    warnings.warn(f"a step runs without a CUDA graph: {reason}", stacklevel=4)
+    return run
 
 
 def with_own_code(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -43,12 +114,12 @@ def with_own_code(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @functools.cache
 def replays(mode: str) -> bool:
-    """Whether a mode records CUDA graphs, each run of which writes over the results of the last."""
+    """Whether a mode of torch.compile asks for CUDA graphs."""
     return bool(torch._inductor.list_mode_options(mode).get("triton.cudagraphs"))
 
 
 def stay_in_place(tensors: Iterable[Tensor]) -> None:
-    """Tells CUDA graphs that tensors keep their memory between runs.
+    """Tells torch.compile's own CUDA graphs that tensors keep their memory between runs.
 
     A graph then reads and writes them where they are. Of what it is not told, it keeps copies, and
     it refuses to write to it: parameters are known to stay, the buffers of batch norm are not.

@@ -225,7 +225,9 @@ def stream_keys(
     parameter = torch.arange(parameters, dtype=torch.int32, device=device)[:, None]
     word = torch.arange(2, dtype=torch.int32, device=device)
     halves = [(x & 0xFFFFFFFF).to(torch.int32) for n in (seed, step) for x in (n, n >> 32)]
-    key = word + _signed(0x243F6A88)
+    # not a sum, nor is there one before a product below: Inductor would fold sums of places and
+    # numbers into constants beyond 32 bits, which Triton refuses
+    key = word ^ _signed(0x243F6A88)
     for number in (*halves, sample, parameter):
         key = stored(_mix(key * _signed(0x9E3779B1) ^ number))
     return key

@@ -19,7 +19,7 @@ from .lowered import Lowered
 from .parts import Model
 from .program import outputs_reached
 from .redraw import move
-from .stepper import NonFinite, Plan, Stepper, check_loss, sum_of
+from .stepper import NonFinite, Plan, Stepper, check_loss, plain_names, sum_of
 
 Perturbed = Literal["weights", "activations"]
 
@@ -104,12 +104,7 @@ class FGD(Stepper):
             LossError: a loss is not a floating-point tensor of no dimensions.
         """
         loss: Tensor
-        plan, loss, _, *rest = self._run(inputs, kwargs, self._lr, self._decay)
-        if rest:
-            moves, keys = rest
-            for number, (parameter, factors) in enumerate(zip(plan.trained(), moves, strict=True)):
-                if factors is not None:
-                    self._redraw(parameter, keys[:, number], factors)
+        _, loss, _ = self._run(inputs, kwargs)
         return loss
 
     def export(
@@ -154,6 +149,25 @@ class FGD(Stepper):
         super().load_state_dict(state)
         self._lr.fill_(state["lr"])
         self._decay.fill_(state["decay"])
+
+    def _numbers(self) -> list[Tensor]:
+        return [*super()._numbers(), self._lr, self._decay]
+
+    def _launched(self, lowered: Lowered) -> Callable[..., Any]:
+        run = super()._launched(lowered)
+        if self._store_directions:
+            return run
+        places = {name: i for i, name in enumerate(plain_names(lowered))}
+        trained = [places[name] for name in kinds_of(lowered) if name in places]
+
+        def redrawn(tensors: Sequence[Tensor], *numbers: Tensor) -> Any:
+            loss, finite, moves, keys = run(tensors, *numbers)
+            for number, (place, factors) in enumerate(zip(trained, moves, strict=True)):
+                if factors is not None:
+                    self._redraw(tensors[place], keys[:, number], factors)
+            return loss, finite
+
+        return redrawn
 
     def _body(self, lowered: Lowered) -> Callable[..., Any]:
         update = self._update(lowered, self._store_directions)

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from .autocast import casts, without_casts
 from .binding import arrange, signature_of, state_homes
-from .compiling import compiled_step, replays, stay_in_place
+from .compiling import Replayed, compiled_step, replays
 from .directions import Directions
 from .drawing import Draw, Drawn, Kinds
 from .errors import LossError, NonFiniteError, TangentError
@@ -53,12 +53,6 @@ class Plan:
         homes = (self.state[slot.name] for slot in slots if slot.kind == "buffer")
         changed = [inputs[self.leaves[slot.name]] for slot in slots if slot.kind == "input"]
         return [home[key] for home, key in homes], changed
-
-    def kept(self) -> list[Tensor]:
-        """The model's parameters and buffers that the program reads."""
-        slots = self.lowered.program.inputs
-        homes = (self.state[slot.name] for slot in slots if slot.kind in ("parameter", "buffer"))
-        return [home[key] for home, key in homes]
 
     def trained(self) -> list[Tensor]:
         """The parameters that have tangents, in the order of their keys, then all others."""
@@ -152,6 +146,10 @@ class Stepper:
     def _asked(self) -> dict[str, Any]:
         return {"directions": self.samples, "rank_one": self.directions.rank_one}
 
+    def _numbers(self) -> list[Tensor]:
+        """What a step reads beside the model and its inputs."""
+        return [self._seed, self._step]
+
     def _parameters(self) -> list[Tensor]:
         roots = modules_of(self.objective).values()
         found = {id(p): p for root in roots for p in root.parameters() if p.requires_grad}
@@ -169,14 +167,21 @@ class Stepper:
 
     def _planned(self, lowered: Lowered, inputs: Sequence[Any], kwargs: dict[str, Any]) -> Plan:
         self._check(lowered)
-        run = self._compiled(self._body(lowered))
+        run = self._launched(lowered)
         named = dict(input_leaves(self.objective, inputs, kwargs))
         mark_open(lowered.program, named)
         places = {name: i for i, name in enumerate(named)}
-        plan = Plan(run, lowered, state_homes(self.objective), places)
-        if self._compile and replays(self._mode):
-            stay_in_place(plan.kept())
-        return plan
+        if self._as_graph():
+            run = Replayed(run, *_moving(lowered))
+        return Plan(run, lowered, state_homes(self.objective), places)
+
+    def _as_graph(self) -> bool:
+        """Whether steps are CUDA graphs."""
+        return self._compile and replays(self._mode) and self._seed.is_cuda
+
+    def _launched(self, lowered: Lowered) -> Callable[..., Any]:
+        """All that a step launches."""
+        return self._compiled(self._body(lowered))
 
     def _compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """The function compiled, if that was asked for."""
@@ -201,8 +206,7 @@ class Stepper:
         model changes, unless something is not finite.
         """
         program = lowered.program
-        plain = [slot for slot in program.inputs if slot.kind not in ("tangent", "constant")]
-        values = {slot.name: x for slot, x in zip(plain, tensors, strict=True)}
+        values = dict(zip(plain_names(lowered), tensors, strict=True))
         trained = {name: values[name] for name in draw.kinds if name in values}
         drawn = draw(seed, step)
         outs = lowered.function(*arrange(program.inputs, values, drawn))
@@ -239,12 +243,12 @@ class Stepper:
         return Draw(self.directions, kinds, self.samples, self._first_sample, device)
 
     @torch.no_grad()
-    def _run(self, inputs: Sequence[Any], kwargs: dict[str, Any], *extra: Tensor) -> Any:
+    def _run(self, inputs: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         plan, leaves = self._plan(inputs, kwargs)
         tensors = plan.tensors(leaves)
         with without_casts():
             self._admit(plan, tensors)
-            loss, finite, *rest = plan.run(tensors, self._seed, self._step, *extra)
+            loss, finite, *rest = plan.run(tensors, *self._numbers())
         if self.nonfinite == "raise" and not finite:
             raise self._refusal(loss)
         self._advance()
@@ -260,6 +264,21 @@ class Stepper:
             "derivative is not finite; parameters and buffers are as they were. Lower the "
             'learning rate, or pass nonfinite="skip" to leave such steps out.'
         )
+
+
+def _moving(lowered: Lowered) -> tuple[list[int], list[int]]:
+    """The places of inputs in `Plan.tensors`, and of those among them that the program changes."""
+    names = plain_names(lowered)
+    program = lowered.program
+    inputs = [slot.name for slot in program.inputs if slot.kind == "input"]
+    written = [slot.name for slot in program.outputs if slot.kind == "input"]
+    return [names.index(name) for name in inputs], [names.index(name) for name in written]
+
+
+def plain_names(lowered: Lowered) -> list[str]:
+    """The names of `Plan.tensors`, in their order."""
+    slots = lowered.program.inputs
+    return [slot.name for slot in slots if slot.kind not in ("tangent", "constant")]
 
 
 def sum_of(terms: Iterable[Tensor]) -> Tensor:

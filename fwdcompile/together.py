@@ -131,6 +131,10 @@ class Together(Stepper):
             part.finite, part.count = part.finite and bool(finite), part.count + 1
         return loss
 
+    def _launched(self, lowered: Lowered) -> Callable[..., Any]:
+        # whatever a kind of step launches behind it alone
+        return self._compiled(self._body(lowered))
+
     def _body(self, lowered: Lowered) -> Callable[..., Any]:
         draw = self._draw(kinds_of(lowered))
 

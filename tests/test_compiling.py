@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from nets import Mlp, Tied
+from nets import Mlp
 from torch import Tensor
 from torch._inductor import compile_fx
 from torch._inductor.utils import fresh_cache
@@ -13,8 +13,11 @@ from torch.nn.functional import cross_entropy
 from torch.utils import _pytree as pytree
 
 from fwdcompile import FGD, ForwardGradient, Normal, Rademacher
-from fwdcompile.compiling import replays, with_own_code
+from fwdcompile.compiling import Replayed, replays, with_own_code
+from fwdcompile.config import Config
 from fwdcompile.distributed import DistributedFGD
+from fwdcompile.methods import METHODS
+from fwdcompile.stepper import Stepper
 
 Run = Callable[..., Any]
 X, Y = torch.linspace(-1, 1, 24).view(4, 6), torch.tensor([0, 1, 2, 1])
@@ -68,21 +71,77 @@ STEPS = [
 ]
 
 
-@pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> list[Run]:
+    """Steps run as CUDA graphs do, without a GPU or a compiler; what is recorded is in the list."""
+    recorded: list[Run] = []
+
+    def record(self: Replayed, run: Run, tensors: Any) -> Run:
+        recorded.append(run)
+        return as_graph(run)
+
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    monkeypatch.setattr(Stepper, "_as_graph", lambda self: self._compile)
+    monkeypatch.setattr(Replayed, "_record", record)
+    return recorded
+
+
 @pytest.mark.parametrize(("steps", "settings"), STEPS)
-def test_results_outlast_the_next_run_of_a_cuda_graph(
-    steps: Callable[..., list[Tensor]],
-    settings: dict[str, Any],
-    mode: str,
-    monkeypatch: pytest.MonkeyPatch,
+def test_a_step_that_is_replayed_is_the_step(
+    steps: Callable[..., list[Tensor]], settings: dict[str, Any], graphs: list[Run]
 ) -> None:
     torch.manual_seed(0)
     expected = steps(compile=False, **settings)
-    monkeypatch.setattr(torch, "compile", as_graph)
     torch.manual_seed(0)
-    found = steps(compile=True, mode=mode, **settings)
+    found = steps(compile=True, **settings)
+    assert len(graphs) == 1
     for mine, theirs in zip(found, expected, strict=True):
         assert torch.equal(mine, theirs)
+
+
+def test_a_graph_is_recorded_anew_where_the_model_moves(graphs: list[Run]) -> None:
+    model, plain = Mlp(), Mlp()
+    plain.load_state_dict(model.state_dict())
+    steps = [
+        FGD(net, cross_entropy, lr=0.1, compile=net is model, dynamic=True)
+        for net in (model, plain)
+    ]
+    for turn in range(8):
+        if turn == 4:
+            for p in model.parameters():
+                p.data = p.detach().clone()
+        rows = 3 + turn % 2
+        mine, theirs = (fgd.step(X[:rows] + turn, Y[:rows]) for fgd in steps)
+        assert torch.equal(mine, theirs)
+    # two shapes before and two behind, each run once by itself
+    assert len(graphs) == 4
+    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_a_replayed_step_writes_to_the_inputs_that_the_model_changes(graphs: list[Run]) -> None:
+    net, seen = Mlp(), torch.zeros(6)
+
+    def loss(x: Tensor, seen: Tensor, y: Tensor) -> Tensor:
+        seen.add_(x.sum(0))
+        return cross_entropy(net(x), y)
+
+    fgd = FGD(loss, lr=0.1)
+    for turn in range(4):
+        fgd.step(X + turn, seen, Y)
+    assert len(graphs) == 1
+    torch.testing.assert_close(seen, sum((X + turn).sum(0) for turn in range(4)))
+
+
+def test_tensors_of_several_devices_are_not_recorded() -> None:
+    runs = []
+    replayed = Replayed(lambda tensors, step: runs.append(tensors), [0], [])
+    tensors = torch.ones(2), torch.ones(2, device="meta")
+    replayed(tensors, torch.tensor(0))
+    with pytest.warns(UserWarning, match="without a CUDA graph: its tensors are on cpu, meta"):
+        replayed(tensors, torch.tensor(0))
+    replayed(tensors, torch.tensor(0))
+    assert len(runs) == 3
 
 
 def test_modes_that_record_cuda_graphs() -> None:
@@ -91,9 +150,8 @@ def test_modes_that_record_cuda_graphs() -> None:
 
 
 @pytest.mark.compiled
-@pytest.mark.parametrize("made", [FGD, ForwardGradient])
-def test_all_that_a_step_writes_stays_in_place(made: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """CUDA graphs refuse to write to what they were not told to keep."""
+def test_all_that_a_peer_writes_stays_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's CUDA graphs refuse to write to what they were not told to keep."""
     asked, seen = compile_fx.compile_fx, []
 
     def inner(*args: Any, **kwargs: Any) -> Any:
@@ -104,11 +162,9 @@ def test_all_that_a_step_writes_stays_in_place(made: Any, monkeypatch: pytest.Mo
         return asked(*args, **({"inner_compile": inner} | kwargs))
 
     monkeypatch.setattr(compile_fx, "compile_fx", watched)
-    settings = {"lr": 0.1} if made is FGD else {}
-    step = made(Tied(), cross_entropy, mode="reduce-overhead", **settings)
-    tokens = torch.tensor([0, 1, 2, 3])
+    step = METHODS["torch-jvp-randn-compiled"](Mlp(), Config(mode="reduce-overhead"), 0)
     with fresh_cache():
-        step.step(tokens, tokens) if made is FGD else step(tokens, tokens)
+        step(X, Y)
     (known,) = seen
     written = {i for i, info in enumerate(known.input_info) if info.mutates_data}
     assert written and written <= set(known.static_input_indices)

@@ -7,6 +7,7 @@ about GPUs without one.
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from torch.nn.functional import cross_entropy
 
 import fwdcompile
 from fwdcompile import FGD, ForwardGradient, Normal, Rademacher
+from fwdcompile.costs import costs_path
 from fwdcompile.directions import RankOne, dense_tensor, stream_keys
 from fwdcompile.distributed import DistributedFGD
 from fwdcompile.measure import cuda_peak
@@ -31,9 +33,11 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
     pytest.mark.compiled,
     pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning"),
+    pytest.mark.filterwarnings("ignore:\nOnline softmax is disabled:UserWarning"),
 ]
 
 MODES = ["default", "reduce-overhead"]
+STACKED = {"stacked", "turned", "stacked and turned"}
 TOKENS = torch.arange(12).view(2, 6) % 11
 WORKS: dict[str, tuple[Callable[[], nn.Module], tuple[Tensor, ...], Any]] = {
     "mlp": (Mlp, (torch.linspace(-1, 1, 24).view(4, 6), torch.tensor([0, 1, 2, 1])), cross_entropy),
@@ -134,8 +138,12 @@ def test_gradients_are_those_of_the_cpu(perturb: Any, mode: str) -> None:
 
 
 @pytest.mark.parametrize("work", WORKS)
-def test_a_step_is_one_cuda_graph_that_writes_in_place(work: str) -> None:
+def test_a_step_is_one_cuda_graph_that_writes_in_place(
+    work: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     _, there, _, placed, loss_fn = pair(work)
+    recorded, graph = [], torch.cuda.CUDAGraph
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: recorded.append(graph()) or recorded[-1])
     fgd = FGD(there, loss_fn, lr=0.05, decay=0.1, mode="reduce-overhead")
     before = {name: (x.data_ptr(), x.clone()) for name, x in there.state_dict().items()}
     for turn in range(5):
@@ -143,9 +151,7 @@ def test_a_step_is_one_cuda_graph_that_writes_in_place(work: str) -> None:
         if turn == 3:
             fgd.load_state_dict(fgd.state_dict() | {"lr": 0.01})
     assert counters["stats"]["unique_graphs"] == 1
-    assert counters["inductor"]["cudagraph_skips"] == 0
-    manager = torch._inductor.cudagraph_trees.get_manager(0, create_if_none_exists=False)
-    assert manager is not None and len([*manager.get_roots()]) == 1
+    assert len(recorded) == 1
     for name, x in there.state_dict().items():
         pointer, old = before[name]
         assert x.data_ptr() == pointer
@@ -158,15 +164,59 @@ def test_a_rank_one_step_takes_no_memory_of_the_size_of_the_model(mode: str) -> 
     model = deep_mlp(60, (1, 28, 28), 10).cuda()
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     x, y = torch.randn(16, 1, 28, 28).cuda(), torch.zeros(16, dtype=torch.int64).cuda()
-    # what cuBLAS takes for itself, once
-    with torch.no_grad():
-        model(x)
     before = torch.cuda.memory_reserved()
     fgd = FGD(model, cross_entropy, lr=1e-4, directions=Rademacher(rank_one=True), mode=mode)
     for _ in range(4):
         fgd.step(x, y)
-    assert torch.cuda.memory_reserved() - before < size / 4
+    # cuBLAS takes 32 MiB for each stream
+    assert torch.cuda.memory_reserved() - before < size / 2
     assert cuda_peak(lambda: fgd.step(x, y)) < size / 20
+
+
+class Branching(nn.Module):
+    """Has a branch that the host takes, by a number that it asks the GPU for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = Mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.net(x)
+        return torch.cond(x.sum() > 0, lambda y: 2 * y, lambda y: y.sin(), (y,))
+
+
+def test_a_step_that_looks_at_numbers_goes_on_without_a_graph() -> None:
+    _, inputs, _ = WORKS["mlp"]
+    here = Branching().double()
+    there = copy.deepcopy(here).cuda()
+    plain = FGD(here, cross_entropy, lr=0.05, compile=False)
+    fgd = FGD(there, cross_entropy, lr=0.05, mode="reduce-overhead")
+    for turn in range(4):
+        x, y = inputs[0].double() + turn / 2 - 0.7, inputs[1]
+        if turn == 1:
+            with pytest.warns(UserWarning, match="a step runs without a CUDA graph"):
+                loss = fgd.step(x.cuda(), y.cuda())
+        else:
+            loss = fgd.step(x.cuda(), y.cuda())
+        torch.testing.assert_close(loss.cpu(), plain.step(x, y), rtol=1e-8, atol=1e-10)
+    assert_alike(here, there)
+
+
+def test_dropout_goes_on_drawing_when_it_is_replayed() -> None:
+    model = nn.Sequential(nn.Linear(6, 64), nn.Dropout(), nn.Linear(64, 3)).cuda()
+    x, y = torch.ones(4, 6).cuda(), torch.zeros(4, dtype=torch.int64).cuda()
+    fgd = FGD(model, cross_entropy, lr=1e-12, mode="reduce-overhead")
+    assert len({float(fgd.step(x, y)) for _ in range(6)}) == 6
+
+
+def test_calibration_measures_every_product() -> None:
+    model = deep_mlp(2, (1, 28, 28), 10).cuda()
+    x, y = torch.randn(16, 1, 28, 28).cuda(), torch.zeros(16, dtype=torch.int64).cuda()
+    fgd = FGD(model, cross_entropy, lr=1e-4, mode="reduce-overhead")
+    fgd.calibrate(x, y)
+    (known,) = json.loads(costs_path().read_text()).values()
+    assert len(known) == 5 and set(known.values()) <= {"apart", *STACKED}
+    assert fgd.step(x, y).isfinite()
 
 
 @pytest.mark.parametrize("mode", MODES)

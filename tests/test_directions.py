@@ -2,14 +2,23 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import re
 
 import numpy as np
 import pytest
 import torch
 from scipy import stats
 from torch import Tensor
+from torch._inductor.utils import run_and_get_code
 
-from fwdcompile.directions import Directions, Normal, Rademacher, _uniform, stream_keys
+from fwdcompile.directions import (
+    Directions,
+    Normal,
+    Rademacher,
+    _uniform,
+    dense_tensor,
+    stream_keys,
+)
 
 KINDS = [Normal(), Rademacher()]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -260,3 +269,19 @@ def test_compiled_and_eager_agree_and_a_new_seed_does_not_recompile():
         torch.testing.assert_close(normal, eager_normal, rtol=precision, atol=precision)
         assert torch.equal(signs, eager_signs)
     assert len(compilations) == 1
+
+
+@pytest.mark.compiled
+def test_kernels_have_no_constants_beyond_their_words() -> None:
+    """Inductor folds sums and products of places; Triton refuses what then needs 64 bits."""
+
+    def draw(seed: Tensor, step: Tensor) -> list[Tensor]:
+        keys = stream_keys(seed, step, 2, 3, first=1)
+        kinds = Normal(), Rademacher()
+        return [dense_tensor(k.draw((40, 50), key=keys[0, 1], dtype=torch.float32)) for k in kinds]
+
+    _, codes = run_and_get_code(torch.compile(draw), torch.tensor(5), torch.tensor(7))
+    found = [int(n) for code in codes for n in re.findall(r"(?<![\w.])-?\d+(?![\w.])", code)]
+    words = {0x9E3779B1 - 2**32, 0x7FEB352D}
+    assert words <= {*found}
+    assert {n for n in found if not -(2**31) <= n < 2**31} <= {0xFFFFFFFF}
