@@ -83,15 +83,15 @@ class Replayed:
             return _unrecorded(run, f"its tensors are on {', '.join(sorted(map(str, devices)))}")
         (device,) = devices
         self._pool = self._pool or torch.cuda.graph_pool_handle()
-        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream(device)
+        graph, outer = torch.cuda.CUDAGraph(), torch.cuda.current_stream(device)
+        # other threads may go on: a loader of data calls the driver, too
+        capture = torch.cuda.graph(graph, self._pool, _stream(device), "thread_local")
         try:
-            with (
-                torch.cuda.device(device),
-                torch.cuda.graph(graph, self._pool, capture_error_mode="thread_local"),
-            ):
+            with torch.cuda.device(device), capture:
                 results = run()
         except RuntimeError as error:
-            torch.cuda.set_stream(stream)
+            # a capture that fails leaves its own stream behind
+            torch.cuda.set_stream(outer)
             return _unrecorded(run, str(error).partition("\n")[0])
 
         def replay() -> Any:
@@ -99,6 +99,12 @@ class Replayed:
             return results
 
         return replay
+
+
+@functools.cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """Where graphs of a device are recorded: libraries take memory for each stream."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 def _unrecorded(run: Callable[[], Any], reason: str) -> Callable[[], Any]:
