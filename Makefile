@@ -11,7 +11,7 @@ WORKERS ?= 2
 BENCH_ARGS ?=
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-all test-oldest lint golden bench bench-memory bench-attention bench-capture bench-without-torch clean coverage zoo beyond-torch
+.PHONY: demo test test-all test-oldest lint golden bench bench-gpu bench-memory bench-attention bench-capture bench-without-torch clean coverage zoo beyond-torch
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -62,6 +62,11 @@ bench: export MALLOC_TRIM_THRESHOLD_ = 4000000000
 bench: export MALLOC_MMAP_THRESHOLD_ = 33554432
 bench: .venv/installed
 	$(BIN)/python benchmarks/step.py $(BENCH_ARGS)
+	$(BIN)/python benchmarks/plots.py
+
+bench-gpu: .venv/installed
+	$(BIN)/python benchmarks/gpu.py
+	$(BIN)/python benchmarks/memory.py --device cuda --at-once 8
 	$(BIN)/python benchmarks/plots.py
 
 # sets the allocator of its own processes, so that what a step frees is handed back
