@@ -107,7 +107,8 @@ class Turns:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._lock(fcntl.LOCK_UN)
+        if self._file:
+            self._file.close()
 
     def alone(self) -> None:
         """Waits until no other run compiles or is timed."""

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
 import distributed
+import gpu
 import memory
 import pytest
 import results
@@ -222,6 +224,17 @@ def test_an_entry_is_named_by_what_is_not_the_default() -> None:
     assert results.batches({"mlp, batch 8": {"batch": 8}}) == ""
 
 
+def test_each_batch_and_dtype_has_a_table_of_its_own() -> None:
+    names = ("mlp", "mlp, batch 8, tf32", "resnet18, batch 8, tf32", "cnn, batch 8, tf32")
+    works = {name: entry(name.split(",")[0], {"base": cell(1)}) for name in names}
+    heads = [text.splitlines()[0] for text in results.tables("ms", works, lambda c: "1")]
+    assert heads == [
+        "| ms | mlp |",
+        "| ms, batch 8, tf32 | mlp | cnn |",
+        "| ms, batch 8, tf32 | resnet18 |",
+    ]
+
+
 def test_the_page_begins_with_the_papers_works_and_names_who_refused() -> None:
     refused = results.refusal(ValueError("\nno rule\nmore"))
     works = {name: entry(name, {"base": cell(1), "backprop": cell(2)}) for name in PAPER}
@@ -257,6 +270,40 @@ def test_only_peers_may_refuse(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RuntimeError, match="cannot"):
         step.measure(work, ["backprop"], 2, CPU, torch.float32, "default", 2)
     assert not any(name.startswith(("fgd", "base")) for name in PEERS)
+
+
+def test_runs_compile_beside_each_other_and_are_timed_alone(tmp_path: Path) -> None:
+    alone = threading.Event()
+    with step.Turns(tmp_path / "turns") as other:
+        waits = threading.Thread(target=lambda: (other.alone(), alone.set()))
+        with step.Turns(tmp_path / "turns"):
+            waits.start()
+            assert not alone.wait(0.2)
+        assert alone.wait(10)
+        waits.join()
+    with step.Turns(None) as turns:
+        turns.alone()
+
+
+def test_an_entry_of_a_gpu_is_a_work_with_a_batch_and_a_dtype() -> None:
+    for entry, methods in gpu.ENTRIES.items():
+        work, batch, dtype = entry.split(":")
+        assert work in WORKS and int(batch) > 1 and dtype in results.DTYPES
+        assert set(methods.split(",")) <= set(STEPS)
+
+
+def test_tf32_is_asked_of_products_and_convolutions() -> None:
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    threads = torch.get_num_threads()
+    try:
+        for dtype, asked in (("tf32", "high"), ("float32", "highest")):
+            results.prepare(dtype)
+            assert torch.get_float32_matmul_precision() == asked
+            assert torch.backends.cudnn.allow_tf32 == (dtype == "tf32")
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
+        torch.set_num_threads(threads)
 
 
 def test_plots_are_written_and_equal_for_equal_results(
