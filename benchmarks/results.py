@@ -46,7 +46,8 @@ def prepare(dtype: str) -> None:
     torch.set_num_threads(THREADS)
     rounded = dtype == "tf32"
     torch.set_float32_matmul_precision("high" if rounded else "highest")
-    torch.backends.cudnn.allow_tf32 = rounded
+    if torch.cuda.is_available():
+        torch.backends.cudnn.allow_tf32 = rounded
 
 
 def publish(directory: Path, name: str, result: dict[str, Any], page: str) -> None:

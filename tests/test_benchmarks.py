@@ -292,17 +292,14 @@ def test_an_entry_of_a_gpu_is_a_work_with_a_batch_and_a_dtype() -> None:
         assert set(methods.split(",")) <= set(STEPS)
 
 
-def test_tf32_is_asked_of_products_and_convolutions() -> None:
-    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    threads = torch.get_num_threads()
+def test_tf32_is_asked_of_products() -> None:
+    before, threads = torch.get_float32_matmul_precision(), torch.get_num_threads()
     try:
         for dtype, asked in (("tf32", "high"), ("float32", "highest")):
             results.prepare(dtype)
             assert torch.get_float32_matmul_precision() == asked
-            assert torch.backends.cudnn.allow_tf32 == (dtype == "tf32")
     finally:
-        torch.set_float32_matmul_precision(before[0])
-        torch.backends.cudnn.allow_tf32 = before[1]
+        torch.set_float32_matmul_precision(before)
         torch.set_num_threads(threads)
 
 
