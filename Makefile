@@ -24,10 +24,10 @@ demo: .venv/installed
 	$(BIN)/python examples/demo.py
 
 test: .venv/installed
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-all: .venv/installed
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m ""
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m ""
 
 # with the oldest torch that pyproject.toml takes; its wheels come with CUDA, some gigabytes
 test-oldest:
@@ -35,7 +35,7 @@ test-oldest:
 	sed '/^torch/d' constraints.txt > build/oldest.txt
 	build/oldest/bin/pip install --quiet -c build/oldest.txt torch==2.11.0 torchvision==0.26.0
 	build/oldest/bin/pip install --quiet -c build/oldest.txt -e '.[dev]'
-	build/oldest/bin/python -m pytest -n $(WORKERS) --dist loadfile
+	build/oldest/bin/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -156,7 +156,7 @@ def drawn(
 
 
 def test_like_torch():
-    check_programs(like_torch, 100)
+    check_programs(like_torch, 40)
 
 
 @pytest.mark.slow
