@@ -77,28 +77,39 @@ class Replayed:
         return pytree.tree_map_only(Tensor, torch.clone, results) if known else results
 
     def _record(self, run: Callable[[], Any], tensors: Sequence[Tensor]) -> Callable[[], Any]:
-        """What runs a graph of `run` and gives its results, in the same memory each time."""
+        """A graph of `run`; where there can be none, `run`."""
         devices = {x.device for x in tensors}
         if len(devices) > 1:
             return _unrecorded(run, f"its tensors are on {', '.join(sorted(map(str, devices)))}")
-        (device,) = devices
         self._pool = self._pool or torch.cuda.graph_pool_handle()
-        graph, outer = torch.cuda.CUDAGraph(), torch.cuda.current_stream(device)
-        # other threads may go on: a loader of data calls the driver, too
-        capture = torch.cuda.graph(graph, self._pool, _stream(device), "thread_local")
         try:
-            with torch.cuda.device(device), capture:
-                results = run()
+            return recorded(run, devices.pop(), self._pool)
         except RuntimeError as error:
-            # a capture that fails leaves its own stream behind
-            torch.cuda.set_stream(outer)
             return _unrecorded(run, str(error).partition("\n")[0])
 
-        def replay() -> Any:
-            graph.replay()
-            return results
 
-        return replay
+def recorded(run: Callable[[], Any], device: torch.device, pool: Any = None) -> Callable[[], Any]:
+    """What replays a run as a CUDA graph and gives its results, in the same memory each time.
+
+    Raises:
+        RuntimeError: the run asks the GPU for a number, or the like; nothing has run.
+    """
+    graph, outer = torch.cuda.CUDAGraph(), torch.cuda.current_stream(device)
+    # other threads may go on: a loader of data calls the driver, too
+    capture = torch.cuda.graph(graph, pool, _stream(device), "thread_local")
+    try:
+        with torch.cuda.device(device), capture:
+            results = run()
+    except RuntimeError:
+        # a capture that fails leaves its own stream behind
+        torch.cuda.set_stream(outer)
+        raise
+
+    def replay() -> Any:
+        graph.replay()
+        return results
+
+    return replay
 
 
 @functools.cache

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from .compiling import recorded
+
 GAIN = 0.95  # a form has to beat the plain one by this much to be taken
 ROUNDS = 30
 RECORDED = 10  # runs in a CUDA graph: one would be over before it is launched
@@ -90,9 +92,8 @@ def _fastest(product: Product, forms: Mapping[str, Callable[..., Any]]) -> str:
         torch.randn(shape, dtype=product.dtype, device=product.device) for shape in product.shapes
     )
     xs = [left.clone() for _ in range(product.count)]
-    runs = {
-        n: _recorded(functools.partial(f, xs, weight), product.device) for n, f in forms.items()
-    }
+    calls = {name: functools.partial(form, xs, weight) for name, form in forms.items()}
+    runs = {name: _many(call, product.device) for name, call in calls.items()}
     for run in runs.values():
         _seconds(run, product.device)
     turns = [{n: _seconds(run, product.device) for n, run in runs.items()} for _ in range(ROUNDS)]
@@ -102,16 +103,12 @@ def _fastest(product: Product, forms: Mapping[str, Callable[..., Any]]) -> str:
     return winner if ratios[winner] < GAIN else plain
 
 
-def _recorded(run: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
+def _many(run: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
     """On CUDA some runs as one graph: alone, a small product takes less time than its launch."""
     if device.type != "cuda":
         return run
     run()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.device(device), torch.cuda.graph(graph):
-        for _ in range(RECORDED):
-            run()
-    return graph.replay
+    return recorded(lambda: [run() for _ in range(RECORDED)], device)
 
 
 def _seconds(run: Callable[[], Any], device: torch.device) -> float:
