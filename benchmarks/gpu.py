@@ -45,7 +45,9 @@ def main() -> None:
     LOGS.mkdir(parents=True, exist_ok=True)
     runs = {entry: start(entry, options) for entry in options.only.split(",")}
     latest = time.monotonic() + options.limit
-    while time.monotonic() < latest and not all(map(compiled, runs)):
+    while time.monotonic() < latest and not all(
+        compiled(entry) or run.poll() is not None for entry, run in runs.items()
+    ):
         time.sleep(1)
     for entry, run in runs.items():
         if not compiled(entry):

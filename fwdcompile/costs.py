@@ -7,7 +7,6 @@ import json
 import os
 import platform
 import statistics
-import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 
 from .compiling import recorded
+from .measure import timed
 
 GAIN = 0.95  # a form has to beat the plain one by this much to be taken
 ROUNDS = 30
@@ -95,8 +95,8 @@ def _fastest(product: Product, forms: Mapping[str, Callable[..., Any]]) -> str:
     calls = {name: functools.partial(form, xs, weight) for name, form in forms.items()}
     runs = {name: _many(call, product.device) for name, call in calls.items()}
     for run in runs.values():
-        _seconds(run, product.device)
-    turns = [{n: _seconds(run, product.device) for n, run in runs.items()} for _ in range(ROUNDS)]
+        timed(run, 1, product.device)
+    turns = [{n: timed(run, 1, product.device) for n, run in runs.items()} for _ in range(ROUNDS)]
     plain = next(iter(runs))
     ratios = {n: statistics.median(turn[n] / turn[plain] for turn in turns) for n in runs}
     winner = min(ratios, key=ratios.__getitem__)
@@ -109,16 +109,6 @@ def _many(run: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
         return run
     run()
     return recorded(lambda: [run() for _ in range(RECORDED)], device)
-
-
-def _seconds(run: Callable[[], Any], device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    began = time.perf_counter()
-    run()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - began
 
 
 def device_name(device: torch.device) -> str:

@@ -225,8 +225,8 @@ def stream_keys(
     parameter = torch.arange(parameters, dtype=torch.int32, device=device)[:, None]
     word = torch.arange(2, dtype=torch.int32, device=device)
     halves = [(x & 0xFFFFFFFF).to(torch.int32) for n in (seed, step) for x in (n, n >> 32)]
-    # not a sum, nor is there one before a product below: Inductor would fold sums of places and
-    # numbers into constants beyond 32 bits, which Triton refuses
+    # an xor, equal to the sum here: Inductor folds sums and products of places into constants, and
+    # Triton refuses those beyond 32 bits
     key = word ^ _signed(0x243F6A88)
     for number in (*halves, sample, parameter):
         key = stored(_mix(key * _signed(0x9E3779B1) ^ number))

@@ -135,7 +135,7 @@ def test_measuring_takes_a_form_only_for_a_clear_gain(
     def slow(name: str) -> Any:
         return lambda xs, w: name
 
-    monkeypatch.setattr("fwdcompile.costs._seconds", lambda run, device: clock[run()])
+    monkeypatch.setattr("fwdcompile.costs.timed", lambda run, repeats, device: clock[run()])
     calibrate([product], lambda product: {name: slow(name) for name in forms(product)})
     assert best_form(product) == "apart"
     clock["turned"] = 0.5
