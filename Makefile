@@ -32,7 +32,7 @@ test-all: .venv/installed
 # with the oldest torch that pyproject.toml takes; its wheels come with CUDA, some gigabytes
 test-oldest:
 	$(PYTHON) -m venv build/oldest
-	sed '/^torch/d' constraints.txt > build/oldest.txt
+	sed '/^torch/d; /^triton/d' constraints.txt > build/oldest.txt
 	build/oldest/bin/pip install --quiet -c build/oldest.txt torch==2.11.0 torchvision==0.26.0
 	build/oldest/bin/pip install --quiet -c build/oldest.txt -e '.[dev]'
 	build/oldest/bin/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder

@@ -1,7 +1,7 @@
 """On a GPU: the numbers of the CPU, CUDA graphs without copies of the model, memory.
 
-Nothing here runs where there is no GPU; test_devices.py and test_compiling.py say what they can
-about GPUs without one.
+Nothing here runs where there is no GPU; test_triton.py, test_devices.py and test_compiling.py say
+what they can about GPUs without one.
 """
 
 from __future__ import annotations
