@@ -227,7 +227,7 @@ def stream_keys(
     halves = [(x & 0xFFFFFFFF).to(torch.int32) for n in (seed, step) for x in (n, n >> 32)]
     # an xor, equal to the sum here: Inductor folds sums and products of places into constants, and
     # Triton refuses those beyond 32 bits
-    key = word ^ _signed(0x243F6A88)
+    key = (word ^ _signed(0x243F6A88)).expand(samples, parameters, 2)
     for number in (*halves, sample, parameter):
         key = stored(_mix(key * _signed(0x9E3779B1) ^ number))
     return key
