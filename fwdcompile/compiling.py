@@ -43,8 +43,11 @@ class AddendsOnTheWay(CustomGraphPass):  # type: ignore[misc]
         """Rewrites the graph in place."""
         for node in graph.find_nodes(op="call_function", target=aten.add.Tensor):
             terms = {getattr(arg, "target", None): arg for arg in node.args}
-            if terms.keys() == {aten.mm.default, aten.mul.Tensor} and not node.kwargs:
-                product, addend = terms[aten.mm.default], terms[aten.mul.Tensor]
+            if terms.keys() != {aten.mm.default, aten.mul.Tensor} or node.kwargs:
+                continue
+            product, addend = terms[aten.mm.default], terms[aten.mul.Tensor]
+            # what is added to floats as bytes or bools has no negative of its own
+            if addend.meta["val"].dtype == product.meta["val"].dtype:
                 with graph.inserting_before(node):
                     negative = graph.call_function(aten.neg.default, (addend,))
                 negative.meta = dict(addend.meta)

@@ -10,11 +10,12 @@ from nets import Mlp
 from torch import Tensor, nn
 from torch._inductor import compile_fx
 from torch._inductor.utils import fresh_cache, run_and_get_code
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.functional import cross_entropy
 from torch.utils import _pytree as pytree
 
 from fwdcompile import FGD, ForwardGradient, Normal, Rademacher
-from fwdcompile.compiling import Replayed, replays, with_own_code
+from fwdcompile.compiling import AddendsOnTheWay, Replayed, replays, with_own_code
 from fwdcompile.config import Config
 from fwdcompile.distributed import DistributedFGD
 from fwdcompile.methods import METHODS
@@ -185,6 +186,20 @@ def test_no_addend_of_a_product_is_written_out() -> None:
     torch.testing.assert_close(loss, expected)
     for mine, theirs in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.uint8, torch.bool])
+def test_addends_of_any_dtype_are_added(dtype: torch.dtype) -> None:
+    def sums(x: Tensor, w: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+        return x @ w + u * u, u[:, :1] * u + x @ w
+
+    inputs = torch.randn(3, 4), torch.randn(4, 5), torch.randint(1, 9, (3, 5)).to(dtype)
+    graph = make_fx(sums)(*inputs)
+    before = graph.code
+    AddendsOnTheWay()(graph.graph)
+    graph.recompile()
+    assert (graph.code != before) == (dtype == torch.float32)
+    torch.testing.assert_close(graph(*inputs), sums(*inputs), rtol=0, atol=0)
 
 
 def test_a_code_object_of_its_own() -> None:
