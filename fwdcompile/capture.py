@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.export.exported_program import ExportedProgram, default_decompositions
+from torch.export.exported_program import ExportedProgram
 from torch.export.graph_signature import (
     ConstantArgument,
     InputKind,
@@ -20,8 +20,8 @@ from torch.export.graph_signature import (
 from torch.fx.traceback import preserve_node_meta
 from torch.utils import _pytree as pytree
 
-from . import rule
 from .checks import without_value_checks
+from .decompose import decompose
 from .errors import CaptureError
 from .hazards import (
     explain,
@@ -153,13 +153,7 @@ def _export(
                 exported = recorded(root, args, kwargs, shapes)
             refuse_hidden_writes(exported)
             thaw(exported.graph)
-            lowering = default_decompositions()
-            for op in rule.table:
-                lowering.pop(op, None)  # type: ignore[no-untyped-call]
-            for op, lower in rule.lowerings.items():
-                lowering[op] = lower
-            lowered: ExportedProgram = exported.run_decompositions(lowering)
-            return lowered
+            return decompose(exported)
     except CaptureError:
         raise
     except Exception as error:
