@@ -144,7 +144,6 @@ def drawn(
     @seed(number)
     @settings(
         max_examples=count,
-        deadline=None,
         database=None,
         suppress_health_check=[HealthCheck.too_slow],
     )
