@@ -23,7 +23,7 @@ _tables_of = getattr(exported_program, _TABLES)
 def decompose(exported: ExportedProgram) -> ExportedProgram:
     """The program in which ops with a row are whole, and all others taken apart as torch does.
 
-    Torch makes its tables of decompositions anew for each program, and registers its 600 composite
+    Torch makes its tables of decompositions anew for each program, and registers its 570 composite
     ops for that time: most of what the capture of a short function took. Here the tables are made
     once, and of composite ops hold those only that torch would not take apart by itself.
     """
