@@ -28,7 +28,8 @@ def decompose(exported: ExportedProgram) -> ExportedProgram:
     once, and of composite ops hold those only that torch would not take apart by itself.
     """
     with mock.patch.object(exported_program, _TABLES, _tables):
-        return exported.run_decompositions({})
+        decomposed: ExportedProgram = exported.run_decompositions({})
+    return decomposed
 
 
 def _tables(_: Table) -> tuple[Table, Table]:
