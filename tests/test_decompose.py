@@ -8,6 +8,7 @@ from unittest import mock
 import pytest
 import torch
 from nets import Decoder
+from test_capture import ops
 from torch import Tensor, nn
 from torch.export.exported_program import default_decompositions
 from torch.nn import functional as F
@@ -18,6 +19,7 @@ from fwdcompile.capture import capture
 from fwdcompile.decompose import decompose
 
 X = torch.linspace(0.1, 0.9, 12).reshape(3, 4)
+TOKENS = torch.arange(10).reshape(2, 5)
 
 
 def _by_torchs_tables(exported: Any) -> Any:
@@ -32,10 +34,6 @@ def _text(program: Any) -> list[str]:
         f"{node.name} = {node.target}{node.args}{node.kwargs} {node.meta.get('val')}"
         for node in program.graph.nodes
     ]
-
-
-def _tokens() -> tuple[Tensor, Tensor]:
-    return torch.arange(10).reshape(2, 5) % 11, torch.arange(10).reshape(2, 5) % 7
 
 
 CALLS: dict[str, tuple[Any, tuple[Any, ...]]] = {
@@ -56,7 +54,7 @@ CALLS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "a branch": (lambda x: torch.cond(x.sum() > 1, torch.sin, torch.cos, (x,)), (X,)),
     "recurrence": (nn.LSTM(4, 5), (X,)),
     "buffers": (nn.BatchNorm1d(4), (X,)),
-    "a decoder": (Decoder(), _tokens()),
+    "a decoder": (Decoder(), (TOKENS, TOKENS % 7)),
 }
 
 
@@ -74,27 +72,20 @@ def test_programs_are_those_of_torchs_tables(name: str, inference: bool) -> None
 @pytest.fixture
 def twice() -> Iterator[Callable[[Tensor], Tensor]]:
     """A composite op of the user's, and the table as it was."""
-    before = dict(rule.table)
-    with torch.library._scoped_library("fwdtest_decompose", "FRAGMENT") as library:
-        library.define("twice(Tensor x) -> Tensor")
-        library.impl("twice", lambda x: x * 2, "CompositeImplicitAutograd")
+    library = torch.library._scoped_library("fwdtest_decompose", "FRAGMENT")
+    with mock.patch.dict(rule.table), library as fragment:
+        fragment.define("twice(Tensor x) -> Tensor")
+        fragment.impl("twice", lambda x: x * 2, "CompositeImplicitAutograd")
         yield torch.ops.fwdtest_decompose.twice.default
-    rule.table.clear()
-    rule.table.update(before)
-
-
-def _ops(function: Callable[[Tensor], Tensor]) -> list[Any]:
-    graph = capture(function, (X,), {}).graph
-    return [node.target for node in graph.nodes if node.op == "call_function"]
 
 
 def test_rows_that_come_and_go_between_captures_count(twice: Any) -> None:
-    assert _ops(twice) == [torch.ops.aten.mul.Tensor]
+    assert ops(twice, X) == ["aten.mul.Tensor"]
     rule.jvp(twice, x=lambda d: 3 * d)
-    assert _ops(twice) == [twice]
+    assert ops(twice, X) == [str(twice)]
     assert torch.equal(fwdcompile.jvp(twice, (X,), (X,))[1], 3 * X)
     del rule.table[twice]
-    assert _ops(twice) == [torch.ops.aten.mul.Tensor]
+    assert ops(twice, X) == ["aten.mul.Tensor"]
 
 
 def test_ops_of_torch_are_as_before() -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -15,10 +16,8 @@ aten = torch.ops.aten
 
 @pytest.fixture(autouse=True)
 def _table() -> Iterator[None]:
-    before = dict(rule.table)
-    yield
-    rule.table.clear()
-    rule.table.update(before)
+    with mock.patch.dict(rule.table):
+        yield
 
 
 @torch.library.custom_op("fwdtest::cube", mutates_args=())
