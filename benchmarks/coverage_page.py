@@ -56,7 +56,8 @@ def _balanced(text: str) -> str:
 def page() -> str:
     """The page's text."""
     reached = json.loads(REACH.read_text())
-    rows = sorted(rule.table.values(), key=lambda row: str(row.op))
+    own = (row for row in rule.table.values() if row.where.startswith("rules/"))
+    rows = sorted(own, key=lambda row: str(row.op))
     lines = sum(len(path.read_text().splitlines()) for path in (ROOT / "rules").glob("*.py"))
     words = sorted({row.word for row in rows})
     counts = ", ".join(f"{sum(row.word == word for row in rows)} {word}" for word in words)

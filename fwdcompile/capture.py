@@ -21,12 +21,12 @@ from torch.fx.traceback import preserve_node_meta
 from torch.utils import _pytree as pytree
 
 from .checks import without_value_checks
+from .custom import adopt_calls, kept_derivatives
 from .decompose import decompose
 from .errors import CaptureError
 from .hazards import (
     explain,
     known_shapes,
-    refuse_autograd_functions,
     refuse_hidden_writes,
     source_of,
     user_source_lines,
@@ -79,15 +79,15 @@ def capture(
         dynamic: leaves the first dimension of the inputs open, where the model does not fix it.
 
     Raises:
-        CaptureError: the model branches on data, uses a torch.autograd.Function, or fails; the
-            message names the user's line.
+        CaptureError: the model branches on data, or fails; the message names the user's line.
 
     Example:
         >>> capture(torch.tanh, (torch.zeros(3),), {}).graph.print_tabular()
     """
-    exported = _export(Root(model), *_distinct(model, args, kwargs), dynamic)
+    with kept_derivatives(dynamic) as made:
+        exported = _export(Root(model), *_distinct(model, args, kwargs), dynamic)
     paths = [path for path, _ in input_leaves(model, args, kwargs)]
-    return _program(exported, model, paths)
+    return adopt_calls(_program(exported, model, paths), made)
 
 
 class Root(nn.Module):
@@ -113,7 +113,11 @@ class Root(nn.Module):
 def _distinct(
     model: Model, args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The inputs with every tensor an object of its own: export takes equal objects for one."""
+    """The inputs with every tensor an object of its own.
+
+    Export takes equal objects for one, heeds the sizes that a tensor says are open, and leaves such
+    marks where it fails.
+    """
     state = named_state(model, "parameter") | named_state(model, "buffer")
     seen = {id(x) for x in state.values()}
 
@@ -121,7 +125,7 @@ def _distinct(
         if id(x) in seen:
             return torch.empty_like(x, requires_grad=x.requires_grad)
         seen.add(id(x))
-        return x
+        return x.detach().requires_grad_(x.requires_grad)
 
     inputs = (tuple(args), dict(kwargs))
     distinct: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map_only(Tensor, fresh, inputs)
@@ -145,7 +149,6 @@ def _export(
             stack.enter_context(quiet())
             warnings.filterwarnings("ignore", _WEIGHTS_OF_RNN, UserWarning)
             stack.enter_context(user_source_lines())
-            stack.enter_context(refuse_autograd_functions())
             stack.enter_context(without_value_checks())
             stack.enter_context(known_shapes())
             shapes = open_first(args, kwargs) if dynamic else None

@@ -21,6 +21,10 @@ from .statements import WIDTH, Writer, quoted
 from .subgraph import CONVENTIONS, called, function_names
 
 _INDENT = "    "
+_UNTRACKED = (
+    "# The derivative of a torch.autograd.Function is in the tangents; autograd would not see it.",
+    "@torch.no_grad()",
+)
 
 
 def emit(program: Program, passes: Sequence[str] = ()) -> str:
@@ -55,6 +59,7 @@ def emit(program: Program, passes: Sequence[str] = ()) -> str:
         *_constants(program),
         "",
         *_called(program.graph, names),
+        *(_UNTRACKED if program.calls else ()),
         *_function(program, names),
         "",
         "",

@@ -8,7 +8,7 @@ class FwdcompileError(Exception):
 
 
 class CaptureError(FwdcompileError):
-    """The model cannot be captured as a graph (data-dependent control flow, autograd.Function)."""
+    """The model cannot be captured as a graph (data-dependent control flow, say)."""
 
 
 class RuleError(FwdcompileError):

@@ -11,6 +11,7 @@ from typing import Any
 import networkx as nx
 import torch
 from torch import Tensor, fx
+from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
 from .autocast import casts, without_casts
@@ -29,12 +30,14 @@ from .calls import settle
 from .capture import capture
 from .compiling import replays
 from .costs import Product, calibrate
+from .custom import dissolve
 from .directions import RankOne
 from .errors import FwdcompileError, TangentError
 from .lowered import Function, Lowered, generate
 from .nesting import as_primal, tie
 from .parts import Model, modules_of
 from .program import Program, graphs, is_differentiable
+from .pushforward import derive
 from .simplify import PASSES, detach_tangents, simplify
 from .sizes import mark_open, serves
 from .stack import forms, groups
@@ -115,8 +118,11 @@ class Forward:
             torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
         if self.compile and self.dynamic:
             mark_open(lowered.program, values)
+        tensors = arrange(lowered.program.inputs, values, dots)
+        if lowered.program.calls:
+            _refuse_autograd(lowered.program, tensors)
         with without_casts():
-            outs = lowered.function(*arrange(lowered.program.inputs, values, dots))
+            outs = lowered.function(*tensors)
         store(lowered.program.outputs, outs, values)
         return results(lowered.program, outs, len(dots) if several else None)
 
@@ -255,10 +261,13 @@ class Forward:
             transformed = self._transformed(captured, request.levels[-1], request)
             if request.same:
                 transformed = tie(transformed, _suffix(len(request.levels) - 1))
-            program = transformed.copy()
-            simplify(program.graph, self.passes)
+            nestable = transformed.copy()
+            simplify(nestable.graph, self.passes)
+            program = (transformed if transformed.calls else nestable).copy()
+            if program.calls:
+                dissolve(program.graph)
+                simplify(program.graph, self.passes)
         stages = {"capture": captured.graph, "transform": transformed.graph}
-        nestable = program.copy()
         if not self.tracks_grad:
             detach_tangents(program.graph)
         settle(program.graph)
@@ -269,7 +278,7 @@ class Forward:
         self, args: Sequence[Any], kwargs: Mapping[str, Any], request: _Request
     ) -> Program:
         if not isinstance(self.model, Forward):
-            return capture(self.model, args, kwargs, self.dynamic)
+            return derive(capture(self.model, args, kwargs, self.dynamic))
         *inner, _ = request.levels
         deeper = _Request(tuple(inner), 1, request.same and len(inner) > 1, ())
         source = self.model._lowered(args, kwargs, deeper).nestable
@@ -302,6 +311,17 @@ class _Request:
         levels = tuple(tuple(level) for level in (*inner, dots[0]))
         rank_one = tuple(name for name, dot in dots[0].items() if isinstance(dot, RankOne))
         return _Request(levels, len(dots), same and bool(inner) and len(dots) == 1, rank_one)
+
+
+def _refuse_autograd(program: Program, tensors: Sequence[Any]) -> None:
+    """Autograd would differentiate the forward of a torch.autograd.Function op by op."""
+    recorded = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    if recorded or forward_ad._current_level >= 0:
+        raise FwdcompileError(
+            f"{program.calls[0].name} is a torch.autograd.Function, whose derivative this program "
+            "has in its tangents alone: autograd cannot go through it. Call it under "
+            "torch.no_grad(), and not inside torch.func.jvp."
+        )
 
 
 def _kinds(dots: Tangents) -> dict[str, type]:

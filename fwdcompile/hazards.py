@@ -28,16 +28,15 @@ aten = torch.ops.aten
 
 _HERE = str(Path(__file__).parent) + os.sep
 _TORCH = str(Path(torch.__file__).parent) + os.sep
+_PASSED = (_TORCH, "<", f"{_HERE}custom.py")  # what stands between a call and the model's line
 _FRAME = re.compile(r'File "(.+?)", line (\d+), in .*(?:\n    (.*))?')
 
 
 def user_frame(frames: Sequence[traceback.FrameSummary]) -> traceback.FrameSummary | None:
     """The innermost frame of the model's own code, that is, outside torch and inside capture."""
     for frame in reversed(frames):
-        if frame.filename.startswith(_HERE):
-            return None
-        if not frame.filename.startswith((_TORCH, "<")):
-            return frame
+        if not frame.filename.startswith(_PASSED):
+            return None if frame.filename.startswith(_HERE) else frame
     return None
 
 
@@ -53,53 +52,14 @@ def user_source_lines() -> Iterator[None]:
         yield
 
 
-@contextmanager
-def refuse_autograd_functions() -> Iterator[None]:
-    """Raises CaptureError where a torch.autograd.Function of the user is applied.
-
-    Branches and loop bodies of higher-order ops are traced by dynamo, which takes such a function
-    apart by itself; what it met there is raised at the end.
-    """
-    from torch._dynamo.variables.misc import AutogradFunctionVariable
-
-    original = torch.autograd.Function.apply.__func__  # type: ignore[attr-defined]
-    traced = AutogradFunctionVariable.call_apply
-    met: list[CaptureError] = []
-
-    def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
-        if cls.__module__.startswith("torch."):
-            return original(cls, *args, **kwargs)
-        raise _refused(cls, user_frame(traceback.extract_stack()[:-1]))
-
-    def call_apply(self: Any, tx: Any, *args: Any) -> Any:
-        if not self.fn_cls.__module__.startswith("torch."):
-            met.append(_refused(self.fn_cls, tx.frame_summary()))
-        return traced(self, tx, *args)
-
-    with (
-        mock.patch.object(torch.autograd.Function, "apply", classmethod(apply)),
-        mock.patch.object(AutogradFunctionVariable, "call_apply", call_apply),
-    ):
-        yield
-    if met:
-        raise met[0]
-
-
-def _line(frame: traceback.FrameSummary | None) -> str:
+def line_of(frame: traceback.FrameSummary | None) -> str:
+    """A frame's line, as messages show it."""
     return f"{frame.filename}:{frame.lineno}: {frame.line}" if frame else "unknown line"
 
 
 def _here() -> str:
     """The user's line that led to the function which asks."""
-    return _line(user_frame(traceback.extract_stack()[:-2]))
-
-
-def _refused(function: type, frame: traceback.FrameSummary | None) -> CaptureError:
-    return CaptureError(
-        f"{_line(frame)}\n  {function.__qualname__} is a torch.autograd.Function: capture would "
-        "inline its forward and drop its own derivative.\n  Write it as plain torch ops, or make "
-        "it a torch.library.custom_op and give that op a row with fwdcompile.rule.jvp."
-    )
+    return line_of(user_frame(traceback.extract_stack()[:-2]))
 
 
 @contextmanager
@@ -115,7 +75,7 @@ def known_shapes() -> Iterator[None]:
 def explain(error: Exception) -> str:
     """What went wrong in capture, with the user's line in front."""
     frame = user_frame(traceback.extract_tb(error.__traceback__))
-    where = f"{_line(frame)}\n  " if frame else ""
+    where = f"{line_of(frame)}\n  " if frame else ""
     text = _first_line(str(error))
     if "data-dependent" in text.lower() or "DataDependent" in type(error).__name__:
         what, *_ = text.split(". Hint:")

@@ -248,6 +248,17 @@ def _same(self: Outer) -> Outer:
     return self
 
 
+@factored("self", aten.mul.Tensor, aten.div.Tensor)
+def _scaled(self: Outer, other: Any, call: Any) -> Any:
+    number = not isinstance(other, Tensor) or other.ndim == 0
+    return Outer(call(self=self.u), self.v, self.axis) if number else NotImplemented
+
+
+@factored("self", aten.neg.default)
+def _negated(self: Outer) -> Outer:
+    return Outer(-self.u, self.v, self.axis)
+
+
 @factored("self", aten._to_copy.default)
 def _to_copy(self: Outer, dtype: torch.dtype | None) -> Outer:
     return Outer(self.u.to(dtype), self.v.to(dtype), self.axis) if dtype else self

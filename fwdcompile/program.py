@@ -60,6 +60,7 @@ class Program:
         title: how the model is called in the printed program.
         constants: values of the `constant` inputs, by name.
         aliases: second names of tied parameters, each with the name its value goes by.
+        calls: of `torch.autograd.Function`, see `custom.py`.
     """
 
     graph: fx.Graph
@@ -69,6 +70,7 @@ class Program:
     title: str
     constants: dict[str, Tensor] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)
+    calls: tuple[Any, ...] = ()
 
     def placeholders(self) -> Iterator[tuple[fx.Node, Slot]]:
         """Pairs each placeholder with its slot."""

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import custom_functions as zoo
 import pytest
 import torch
 from nets import Mlp
@@ -135,25 +136,10 @@ def test_no_grad_does_not_stop_a_tangent() -> None:
     torch.testing.assert_close(fwdcompile.jvp(model, (x,), (torch.ones(3),)), theirs)
 
 
-class Lying(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x * x
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return gradient * 100
-
-
 def test_a_function_may_close_over_a_module_called_model() -> None:
     model = nn.Linear(2, 3)
     program = capture(lambda x: model(x).tanh(), (torch.ones(2),), {})
     assert [slot.name for slot in program.inputs] == ["model.weight", "model.bias", "x"]
-
-
-def test_autograd_functions_are_refused() -> None:
-    with pytest.raises(fwdcompile.CaptureError, match=r"(?s)test_capture.py.*Lying.*custom_op"):
-        capture(lambda x: Lying.apply(x), (torch.ones(2),), {})
 
 
 def branch(function: Any) -> Any:
@@ -169,7 +155,7 @@ def hidden_write(x: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        (lambda x: Lying.apply(x), r"test_capture.py:\d+: .*Lying.apply.*custom_op"),
+        (lambda x: zoo.Lying.apply(x), r"test_capture.py:\d+: .*Lying.apply.*custom_op"),
         (hidden_write, r"test_capture.py:\d+: y.detach\(\).mul_\(3\).*clone"),
         (lambda x: x, r"test_capture.py:\d+: .*alias.*x?.clone\(\)"),
         (lambda x: x.sin() if x.sum() > 0 else x.cos(), "decides in Python.*torch.cond"),
@@ -262,3 +248,16 @@ def test_keyword_only_and_default_arguments() -> None:
     v = {"x": torch.ones_like(x)}
     torch.testing.assert_close(fwd(x, tangents=v)[1], 2 * (x + 0.5))
     torch.testing.assert_close(fwd(x, 3, shift=1.0, tangents=v)[1], 3 * (x + 1) ** 2)
+
+
+def test_a_capture_leaves_no_mark_on_the_inputs_and_heeds_none() -> None:
+    def model(x: Tensor) -> Tensor:
+        return x.sin() if x.sum() > 0 else x.cos()
+
+    x = torch.ones(3, 2)
+    with pytest.raises(fwdcompile.CaptureError, match="decides in Python"):
+        capture(model, (x,), {}, dynamic=True)
+    assert not vars(x)
+    torch._dynamo.mark_dynamic(x, 0)
+    (node,) = capture(torch.sin, (x,), {}).graph.find_nodes(op="placeholder")
+    assert node.meta["val"].shape == (3, 2) and isinstance(node.meta["val"].shape[0], int)

@@ -60,7 +60,7 @@ def test_walkthrough_shows_the_golden_program() -> None:
 
 def test_rules_page_quotes_rows_of_the_table() -> None:
     table = "".join(path.read_text() for path in (ROOT / "rules").glob("*.py"))
-    *rows, _own, _test = blocks("docs/rules.md")
+    *rows, _own, _function, _test = blocks("docs/rules.md")
     assert len(rows) == 7
     for row in rows:
         assert _dense(row).removesuffix(")") in _dense(table), row
@@ -68,12 +68,19 @@ def test_rules_page_quotes_rows_of_the_table() -> None:
 
 def test_rules_page_gives_a_custom_op_its_row() -> None:
     names: dict[str, Any] = {}
-    exec(blocks("docs/rules.md")[-2], names)
+    exec(blocks("docs/rules.md")[-3], names)
     _, expected = torch.func.jvp(
         lambda x: x * torch.sigmoid(1.5 * x), (names["x"],), (names["x_dot"],)
     )
     torch.testing.assert_close(names["y_dot"], expected)
     del fwdcompile.rule.table[torch.ops.mine.swish.default]
+
+
+def test_rules_page_keeps_the_derivative_of_a_function() -> None:
+    x, x_dot = torch.linspace(-2, 2, 9), torch.randn(9)
+    names = {"torch": torch, "fwdcompile": fwdcompile, "x": x, "x_dot": x_dot}
+    exec(blocks("docs/rules.md")[-2], names)
+    torch.testing.assert_close(names["y_dot"], x_dot * (x.abs() < 1))
 
 
 @pytest.mark.skipif(not REVIEWED, reason="the page has the ops of torch 2.13")

@@ -91,11 +91,19 @@ OPS: dict[str, tuple[Callable[..., Tensor], tuple[int, ...]]] = {
     "another dimension": (lambda w: X @ w.unsqueeze(0), (6, 4)),
     "permuted": (lambda w: X @ w.permute(1, 2, 0), (4, 3, 6)),
     "cast": (lambda w: X.float() @ w.float(), (6, 4)),
+    "scaled by a number": (lambda w: X @ (-w.T * 8 / 3), (4, 6)),
+    "scaled by a tensor": (lambda w: X @ (X.mean() * w), (6, 4)),
+    "scaled by columns": (lambda w: X @ (w * X[0, :4]), (6, 4)),
     "elementwise": (lambda w: torch.tanh(w), (6, 4)),
     "both factors of a product": (lambda w: w @ w.T, (6, 4)),
     "convolution turned round": (lambda w: F.conv2d(IMAGE, w.transpose(0, 1)), (6, 4, 3, 3)),
 }  # fmt: skip
-STAY_DENSE = {"elementwise", "both factors of a product", "convolution turned round"}
+STAY_DENSE = {
+    "elementwise",
+    "scaled by columns",
+    "both factors of a product",
+    "convolution turned round",
+}
 
 
 @pytest.mark.parametrize("name", OPS)

@@ -45,8 +45,9 @@ def committed() -> dict[str, Any]:
 
 
 def rows() -> dict[str, rule.Rule]:
-    """The table by name of the overload, sorted."""
-    return dict(sorted((str(op), row) for op, row in rule.table.items()))
+    """The rows of rules/ by name of the overload, sorted."""
+    own = ((str(op), row) for op, row in rule.table.items() if row.where.startswith("rules/"))
+    return dict(sorted(own))
 
 
 @cache

@@ -1,0 +1,312 @@
+"""Pushforward: the tangent of a `torch.autograd.Function`, as a program made of its own derivative.
+
+A Function with a `jvp` says itself what its tangent is. One with a `backward` alone says what J' g
+is; J x_dot is the transpose of that. So backward is captured as a program, shown to be linear in
+g, and the vjp of this map of g is captured along x_dot.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import SymInt, Tensor, fx
+from torch._subclasses import FakeTensorMode
+from torch.autograd.function import Function
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import _disable_current_modes
+
+from . import rule
+from .autocast import without_casts
+from .binding import signature_of
+from .capture import capture
+from .custom import Call, Ref, attached, calls, dissolve, empty, intermediate
+from .errors import FwdcompileError, RuleError
+from .program import Program, is_differentiable, is_random, op_name, value
+from .simplify import dce
+from .subgraph import set_outputs
+from .transform import _Transform, transform
+
+
+@dataclass(frozen=True, eq=False)
+class Pushforward:
+    """A program from `saved`, `inputs`, `outs` and `dots`, all lists, to the tangents of `outs`."""
+
+    program: Program
+    _along: dict[tuple[str, ...], Program] = field(default_factory=dict)
+
+    @cached_property
+    def leaves_out(self) -> bool:
+        """Whether a tangent that is left out costs nothing; otherwise it has to be zeros."""
+        return not _not_linear(self.program, "dots")
+
+    def along(self, present: Iterable[str]) -> Program:
+        """The program for some of the tangents: as it is linear, its own tangent along them."""
+        key = tuple(present)
+        if key not in self._along:
+            self._along[key] = self._restricted(key) if self.leaves_out else self.program
+        return self._along[key]
+
+    def _restricted(self, present: tuple[str, ...]) -> Program:
+        program = transform(self.program, present)
+        pairs = [(node, slot) for node, slot in program.results() if slot.kind == "tangent"]
+        pairs = [(node, slot) for node, slot in pairs if not node.meta.get("absent")]
+        set_outputs(program.graph, [node for node, _ in pairs])
+        dce(program.graph)
+        return replace(program, outputs=tuple(slot for _, slot in pairs))
+
+
+_made: weakref.WeakKeyDictionary[Call, Pushforward | FwdcompileError] = weakref.WeakKeyDictionary()
+
+rule.not_implemented(
+    intermediate,
+    "a torch.autograd.Function has saved it, and it is neither an input nor an output of forward: "
+    "its part in a second derivative is lost. Save inputs, or return it as a further output",
+)
+
+
+@rule.joint(attached, wrt=("inputs",))
+def attached_dot(d: Any, inputs: Any, saved: Any, key: int, out: Any) -> Any:
+    """The tangents of a Function's results, round its forward."""
+    made = _made[calls[key]]
+    if isinstance(made, FwdcompileError):
+        raise RuleError(str(made))
+    dots = {f"dots.{i}": x for i, x in enumerate(d["inputs"]) if x is not None}
+    with _disable_current_modes():
+        program = made.along(dots)
+    if not made.leaves_out:
+        dots = {f"dots.{i}": torch.zeros_like(x) for i, x in enumerate(inputs)} | dots
+    held = [intermediate(x, inputs) if is_differentiable(x) else x for x in saved]
+    found = evaluate(program, _named(saved=held, inputs=inputs, outs=out) | dots)
+    return tuple(found.get(f"out.{i}") for i in range(len(out)))
+
+
+def derive(program: Program) -> Program:
+    """Makes the pushforwards of the Functions that a captured program calls.
+
+    Where there is none, that is an error only if a tangent reaches the Function. Calls that differ
+    in nothing share one.
+    """
+    known: dict[Any, Pushforward | FwdcompileError] = {}
+    for node in program.graph.nodes:
+        if node.target is attached and (call := calls[node.args[3]]) not in _made:
+            kind = _kind(call, node)
+            if kind not in known:
+                with without_casts():
+                    known[kind] = _tried(call, node)
+            _made[call] = known[kind]
+    return program
+
+
+def _kind(call: Call, node: fx.Node) -> Any:
+    """Equal for calls with one pushforward, as far as what their ctx holds can be compared."""
+    plain = (int, float, complex, str, torch.dtype, torch.device, Ref, type(None))
+    leaves = (*pytree.tree_leaves(call.ctx), *call.outs)
+    if not all(isinstance(leaf, plain) for leaf in leaves):
+        return call
+    tensors = [[signature_of(value(x)) for x in group] for group in node.args[:3]]  # type: ignore
+    return call.function, call.needs, call.outs, repr(call.ctx), repr(tensors)
+
+
+def _tried(call: Call, node: fx.Node) -> Pushforward | FwdcompileError:
+    try:
+        return _pushforward(call, node)
+    except FwdcompileError as error:
+        return error
+
+
+def _pushforward(call: Call, node: fx.Node) -> Pushforward:
+    outs, inputs, saved = ([value(x) for x in group] for group in node.args[:3])  # type: ignore
+    if any(isinstance(n, SymInt) for x in (*outs, *inputs, *saved) for n in x.shape):
+        raise RuleError(f"{call.name} takes tensors whose sizes depend on values")
+    with FakeTensorMode():
+        like = [[empty(x) for x in group] for group in (saved, inputs, outs)]
+        dots, gs = [empty(x) for x in inputs], [empty(x) for x in outs]
+    if call.function.jvp is not Function.jvp:
+        return Pushforward(_captured(_own(call), *like, dots))
+    pullback = _captured(_pullback(call), *like, gs)
+    if reason := _not_linear(pullback, "gs"):
+        raise RuleError(
+            f"the backward of {call.name} is not linear in the gradient that it is given ({reason})"
+            ", so that it does not say what a tangent is.\n  Give the Function a jvp."
+        )
+    made = Pushforward(_captured(_transposed(pullback), *like, dots))
+    if _paths(pullback, "gs") != {(j, i) for i, j in _paths(made.program, "dots")}:
+        raise RuleError(
+            f"the backward of {call.name} calls an op that torch has no derivative of.\n  Give the "
+            "Function a jvp."
+        )
+    return made
+
+
+def _captured(function: Callable[..., Any], *groups: list[Tensor]) -> Program:
+    program = capture(function, groups, {})
+    dissolve(program.graph)
+    dce(program.graph)
+    return program
+
+
+def _own(call: Call) -> Callable[..., Any]:
+    def pushforward(saved: Any, inputs: Any, outs: Any, dots: Any) -> Any:
+        ctx = call.context(saved=saved, inputs=inputs, outs=outs)
+        ctx.saved_tensors = getattr(ctx, "saved_for_forward", ctx.to_save)
+        each = iter(dots)
+        found = call.function.jvp(ctx, *(next(each) if needed else None for needed in call.needs))
+        found = found if isinstance(found, tuple) else (found,)
+        return [x for x, place in zip(found, call.outs, strict=True) if isinstance(place, int)]
+
+    return pushforward
+
+
+def _pullback(call: Call) -> Callable[..., Any]:
+    own = call.function.vjp is not Function.vjp
+    backward = call.function.vjp if own else call.function.backward
+
+    def pullback(saved: Any, inputs: Any, outs: Any, gs: Any) -> Any:
+        ctx = call.context(saved=saved, inputs=inputs, outs=outs)
+        ctx.saved_tensors = ctx.to_save
+        absent = [
+            None if isinstance(p, int) or not ctx.materialize_grads else p() for p in call.outs
+        ]
+        given = [gs[p] if isinstance(p, int) else x for p, x in zip(call.outs, absent, strict=True)]
+        boxed = getattr(call.function, "boxed_grads_call", False)
+        found = backward(ctx, given) if boxed else backward(ctx, *given)
+        found = found if isinstance(found, tuple) else (found,)
+        return [x for x, needed in zip(found, call.needs, strict=False) if needed]
+
+    return pullback
+
+
+def _transposed(pullback: Program) -> Callable[..., Any]:
+    names = [slot.name for slot in pullback.outputs]
+
+    def pushforward(saved: Any, inputs: Any, outs: Any, dots: Any) -> Any:
+        known = _named(saved=saved, inputs=inputs, outs=outs)
+
+        def linear(*gs: Tensor) -> tuple[Tensor, ...]:
+            found = evaluate(pullback, known | _named(gs=gs))
+            return tuple(found[name] for name in names)
+
+        grads, vjp = torch.func.vjp(linear, *map(torch.zeros_like, outs))  # type: ignore[misc]
+        each = zip((dots[_place(name)] for name in names), grads, strict=True)
+        return list(vjp(tuple(_like(dot, grad) for dot, grad in each)))
+
+    return pushforward
+
+
+def _like(dot: Tensor, grad: Tensor) -> Tensor:
+    """The transpose of what autograd does to a gradient that is not quite like its input."""
+    dot = dot.to(grad.dtype)
+    return dot if dot.shape == grad.shape else dot.expand(grad.shape)
+
+
+def evaluate(program: Program, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Runs a program op by op, on tensors of any kind.
+
+    Args:
+        program: without higher-order ops.
+        values: of its inputs and tangents, by name; what it does not read may be missing.
+    """
+    env: dict[fx.Node, Any] = {}
+    for node, slot in program.placeholders():
+        env[node] = values.get(slot.name)
+        if slot.kind == "constant":
+            env[node] = _constant(program.constants[slot.name])
+    for node in program.graph.nodes:
+        if node.op == "call_function":
+            args, kwargs = fx.node.map_aggregate(
+                (node.args, dict(node.kwargs)), lambda x: env[x] if isinstance(x, fx.Node) else x
+            )
+            env[node] = node.target(*args, **kwargs)
+    return {slot.name: env[node] for node, slot in program.results()}
+
+
+def _constant(x: Tensor) -> Tensor:
+    if x.numel() > 1:
+        raise RuleError("a derivative makes a tensor of numbers; let forward save it in ctx")
+    return torch.full(x.shape, x.item(), dtype=x.dtype, device=x.device)
+
+
+def _not_linear(program: Program, group: str) -> str:
+    """Why a program is not seen to be linear in the tensors of a group; empty if it is."""
+    if drawn := [node for node in program.graph.nodes if is_random(node)]:
+        return f"{op_name(drawn[0])} draws random numbers"
+    return _not_affine(program, group) or _not_zero(program, group)
+
+
+def _not_affine(program: Program, group: str) -> str:
+    """Why a program is not seen to have one slope along all tensors of a group.
+
+    It has, if its tangent along them depends on none of them, and no value has lost its tangent.
+    """
+    names = {slot.name for slot in program.inputs if slot.name.startswith(f"{group}.")}
+    walk = _Transform(program, 1)
+    try:
+        dual = walk.run(dict.fromkeys(names, range(1)), ())
+    except FwdcompileError as error:
+        return str(error)
+    starts = [node for node, slot in program.placeholders() if slot.name in names]
+    for node in _downstream(starts):
+        if is_differentiable(value(node)) and node not in walk.dots:
+            return f"{op_name(node)} has no slope"
+    dce(dual.graph)
+    for node in _downstream([walk.primals[node] for node in starts]):
+        if node.meta["role"] != "primal":
+            return f"the slope of {node.meta['of']} depends on it"
+    return ""
+
+
+def _not_zero(program: Program, group: str) -> str:
+    """Whether zeros for the tensors of a group give something else, tried on numbers."""
+    values: dict[str, Any] = {}
+    for node, slot in program.placeholders():
+        x = value(node)
+        generator = torch.Generator(x.device).manual_seed(0)
+        shape, dtype = x.shape, torch.float32 if x.dtype == torch.bool else x.dtype
+        sample = torch.zeros(shape, dtype=dtype, device=x.device)
+        if dtype.is_floating_point and not slot.name.startswith(f"{group}."):
+            sample.uniform_(0.1, 0.9, generator=generator)
+        values[slot.name] = sample > 0.5 if x.dtype == torch.bool else sample
+    with torch.no_grad():
+        found = evaluate(program, values)
+    affine = any(bool(x.nan_to_num().ne(0).any()) for x in found.values())
+    return "it adds something" if affine else ""
+
+
+def _paths(program: Program, group: str) -> set[tuple[int, int]]:
+    """Which outputs depend on which tensors of a group, as pairs of places."""
+    outs = list(program.results())
+    found = set()
+    for node, slot in program.placeholders():
+        if slot.name.startswith(f"{group}."):
+            reached = {node, *_downstream([node])}
+            found |= {(_place(slot.name), _place(s.name)) for n, s in outs if n in reached}
+    return found
+
+
+def _downstream(starts: Collection[fx.Node]) -> list[fx.Node]:
+    """The nodes whose values depend on those of some, in the order of the program."""
+    seen, found = set(starts), []
+    for node in next(iter(seen)).graph.nodes if seen else ():
+        if node.op == "call_function" and seen.intersection(node.all_input_nodes):
+            if not _reads_shape(node):
+                seen.add(node)
+                found.append(node)
+    return found
+
+
+def _reads_shape(node: fx.Node) -> bool:
+    """Whether the op is one of zeros_like, new_empty and their kind."""
+    return op_name(node).startswith("new_") or op_name(node).endswith("_like")
+
+
+def _named(**groups: Sequence[Tensor]) -> dict[str, Any]:
+    return {f"{group}.{i}": x for group, xs in groups.items() for i, x in enumerate(xs)}
+
+
+def _place(name: str) -> int:
+    return int(name.rsplit(".", 1)[1])

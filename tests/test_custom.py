@@ -1,0 +1,150 @@
+"""A captured program keeps the torch.autograd.Functions that it calls, or says why it cannot."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import custom_functions as zoo
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+import fwdcompile
+from fwdcompile.capture import capture
+from fwdcompile.custom import attached, calls
+
+X = torch.linspace(-2, 2, 6, dtype=torch.float64).view(2, 3)
+
+
+def test_a_program_holds_the_call_and_not_the_tensors_of_its_ctx() -> None:
+    program = capture(lambda x: zoo.Softmax.apply(x.sin()), (X,), {})
+    (node,) = [node for node in program.graph.nodes if node.target is attached]
+    _, inputs, saved, key = node.args
+    assert [n.name for n in inputs] == ["sin"] and saved == []
+    (call,) = program.calls
+    assert calls[key] is call and call.function is zoo.Softmax
+    assert [n.name for n in node.users] == ["softmax"]
+    assert call.context(outs=["the output"]).y == "the output"
+    del program, call, node
+    assert key not in calls
+
+
+def test_the_text_is_plain_torch_and_names_the_function(tmp_path: Path) -> None:
+    forward = fwdcompile.transform(lambda x: zoo.RoundThrough.apply(x * 3) * x)
+    _, y_dot = forward(X, tangents={"x": X})
+    assert "round_through: f64[2, 3] = aten.round(mul)" in forward.code
+    assert "round_through_dot" in forward.code or "mul_dot * x" in forward.code
+    assert "attached" not in forward.code and "detach" not in forward.code
+    forward.save(tmp_path / "program.py")
+    loaded = fwdcompile.load(tmp_path / "program.py")
+    torch.testing.assert_close(loaded(X, tangents={"x": X})[1], y_dot)
+    y, _ = loaded(X.clone().requires_grad_(), tangents={"x": X})
+    assert not y.requires_grad
+
+
+def test_autograd_does_not_go_through_a_program_with_a_function() -> None:
+    forward = fwdcompile.transform(lambda x: zoo.Lying.apply(x))
+    forward(X, tangents={"x": X})
+    x = X.clone().requires_grad_()
+    with pytest.raises(fwdcompile.FwdcompileError, match=r"Lying.*torch.no_grad\(\)"):
+        forward(x, tangents={"x": X})
+    with torch.no_grad():
+        forward(x, tangents={"x": X})
+    with pytest.raises(fwdcompile.FwdcompileError, match="not inside torch.func.jvp"):
+        torch.func.jvp(lambda x: forward(x, tangents={"x": X})[0], (X,), (X,))
+    with pytest.raises(fwdcompile.FwdcompileError, match=r"Lying.*torch.no_grad\(\)"):
+        torch.func.grad(lambda x: forward(x, tangents={"x": X})[0].sum())(X)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")
+def test_a_compiled_program() -> None:
+    torch._dynamo.reset()
+    forward = fwdcompile.transform(lambda x: zoo.Softmax.apply(x * 2).sin(), compile=True)
+    plain = fwdcompile.transform(lambda x: zoo.Softmax.apply(x * 2).sin())
+    tangents = [{"x": X}, {"x": X.cos()}]
+    torch.testing.assert_close(forward(X, tangents=tangents), plain(X, tangents=tangents))
+
+
+class Doubled(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.mark_dirty(x)
+        return x.mul_(2)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient * 2
+
+
+class Quiet(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        x.mul_(2)
+        return x.sin()
+
+
+class Counting(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.count = x[x > 0].shape[0]
+        return x * 2
+
+
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [
+        (lambda x: Doubled.apply(x * 1), "mark_dirty"),
+        (lambda x: Quiet.apply(x * 1), r"x.mul_\(2\)"),
+        (lambda x: Counting.apply(x), "its ctx holds a size that depends on values"),
+        (
+            lambda x: torch.func.grad(lambda x: zoo.Lying.apply(x).sum())(x),
+            "transform of torch.func",
+        ),
+        (lambda x: torch.vmap(zoo.Lying.apply)(x), "transform of torch.func"),
+    ],
+)
+def test_what_cannot_be_kept_is_refused(function: Any, reason: str) -> None:
+    with pytest.raises(fwdcompile.CaptureError, match=rf"(?s)test_custom.py:\d+: .*{reason}"):
+        capture(function, (X,), {})
+
+
+def test_one_program_for_all_sizes_is_refused() -> None:
+    forward = fwdcompile.transform(lambda x: zoo.Lying.apply(x), dynamic=True)
+    with pytest.raises(fwdcompile.CaptureError, match=r"(?s)Lying.*dynamic=True"):
+        forward(X, tangents={"x": X})
+
+
+def test_integers_go_through_as_they_are() -> None:
+    class Parity(Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x % 2
+
+    i = torch.arange(6).view(2, 3)
+    y, y_dot = fwdcompile.transform(lambda x, i: x * Parity.apply(i))(X, i, tangents={"x": X})
+    torch.testing.assert_close((y, y_dot), (X * (i % 2), X * (i % 2)))
+
+
+def test_an_input_without_a_tangent_has_none_behind_it() -> None:
+    def function(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        return zoo.Lying.apply(x), zoo.Lying.apply(y)
+
+    forward = fwdcompile.transform(function)
+    _, (of_x, of_y) = forward(X, X, tangents={"x": X})
+    torch.testing.assert_close((of_x, of_y), (100 * X, 0 * X))
+
+
+def test_a_function_inside_the_derivative_of_another() -> None:
+    class Outer(Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return zoo.RoundThrough.apply(x) + zoo.Lying.apply(x)
+
+        @staticmethod
+        def backward(ctx: Any, gradient: Tensor) -> Tensor:
+            return zoo.Reversed.apply(gradient, 2.0) * 3
+
+    y, y_dot = fwdcompile.jvp(lambda x: Outer.apply(x), (X,), (X.cos(),))
+    torch.testing.assert_close((y, y_dot), (X.round() + X * X, 3 * X.cos()))

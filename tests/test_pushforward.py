@@ -1,0 +1,217 @@
+"""The derivative of a torch.autograd.Function is its own, by its jvp or its backward transposed."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import custom_functions as zoo
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd import forward_ad as fwAD
+
+import fwdcompile
+
+X = torch.linspace(-2.2, 2.4, 12, dtype=torch.float64).view(3, 4)
+W = torch.linspace(-1, 1, 8, dtype=torch.float64).view(2, 4)
+B = torch.tensor([0.3, -0.2], dtype=torch.float64)
+IMAGE = torch.linspace(-1, 1, 50, dtype=torch.float64).sin().view(1, 2, 5, 5)
+KERNEL = torch.linspace(-1, 1, 54, dtype=torch.float64).cos().view(3, 2, 3, 3)
+
+CASES: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]] = {
+    "lying": (lambda x: zoo.Lying.apply(x.sin()) * x, (X,)),
+    "rectified": (lambda x: zoo.Rectified.apply(x * 2).sum(0), (X,)),
+    "through": (lambda x: zoo.RoundThrough.apply(x * 3) ** 2, (X,)),
+    "reversed": (lambda x: zoo.Reversed.apply(x, 0.5) * x, (X,)),
+    "linear": (lambda x, w, b: zoo.Linear.apply(x, w, b).tanh(), (X, W, B)),
+    "linear without bias": (lambda x, w: zoo.Linear.apply(x, w).tanh(), (X, W)),
+    "softmax": (lambda x: zoo.Softmax.apply(x) * x, (X,)),
+    "sorted": (lambda x: zoo.Sorted.apply(x.cos())[0].cumsum(-1), (X,)),
+    "cube": (lambda x: [y * x for y in zoo.Cube.apply(x, 2.0)], (X,)),
+    "products": (lambda x, y: zoo.Products.apply(x.sin(), y), (X, X.flip(0))),
+    "one product": (lambda x, y: zoo.Products.apply(x.sin(), y)[1], (X, X.flip(0))),
+    "convolved": (lambda x, w: zoo.Convolved.apply(x, w).tanh(), (IMAGE, KERNEL)),
+    "sigmoid": (lambda x: zoo.Sigmoid.apply(x * x), (X,)),
+    "modulus": (lambda x: zoo.Modulus.apply(torch.complex(x, x.sin())), (X,)),
+    "spread": (lambda x: zoo.Spread.apply(x).tanh(), (B,)),
+    "pullback": (lambda x: zoo.Pullback.apply(x * 2), (X,)),
+}
+
+
+def along(x: Tensor) -> Tensor:
+    return torch.linspace(0.5, 1.5, x.numel(), dtype=x.dtype).view(x.shape).cos()
+
+
+def listed(y: Any) -> list[Tensor]:
+    return list(y) if isinstance(y, tuple | list) else [y]
+
+
+def oracle(function: Callable[..., Any], x: tuple[Tensor, ...], dots: list[Tensor | None]) -> Any:
+    """J x_dot from torch's reverse mode, row by row."""
+
+    rows = torch.autograd.functional.jacobian(lambda *x: tuple(listed(function(*x))), x)
+    return [
+        sum((part.flatten(-d.ndim) @ d.flatten() for part, d in zip(of, dots, strict=True)
+             if d is not None), torch.zeros(()))
+        for of in rows
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_tangents_are_those_of_its_own_derivative(case: str) -> None:
+    function, x = CASES[case]
+    dots = list(map(along, x))
+    y, y_dot = fwdcompile.jvp(function, x, tuple(dots))
+    torch.testing.assert_close(y, function(*x))
+    torch.testing.assert_close(listed(y_dot), oracle(function, x, dots), atol=1e-9, rtol=1e-9)
+
+
+def test_torch_has_no_forward_derivative_of_a_backward() -> None:
+    with pytest.raises(RuntimeError, match="setup_context"):
+        torch.func.jvp(*CASES["through"], (along(X),))
+    with fwAD.dual_level(), pytest.raises(RuntimeError, match="implement the jvp function"):
+        CASES["through"][0](fwAD.make_dual(X, along(X)))
+
+
+@pytest.mark.parametrize("case", [case for case, (_, x) in CASES.items() if len(x) > 1])
+def test_a_tangent_may_be_absent(case: str) -> None:
+    function, x = CASES[case]
+    named = dict(zip(["x", "y" if "product" in case else "w", "b"], x, strict=False))
+    forward = fwdcompile.transform(function)
+    for i, name in enumerate(named):
+        dots = [along(part) if i == k else None for k, part in enumerate(x)]
+        _, y_dot = forward(*x, tangents={name: along(x[i])})
+        torch.testing.assert_close(listed(y_dot), oracle(function, x, dots), atol=1e-9, rtol=1e-9)
+
+
+def twice(function: Callable[..., Any], x: tuple[Tensor, ...]) -> list[Tensor]:
+    dots = tuple(map(along, x))
+    forward = fwdcompile.transform(fwdcompile.transform(function))
+    names = inspect.signature(function).parameters
+    (_, first), (_, second) = forward(*x, tangents=dict(zip(names, dots, strict=True)))
+    torch.testing.assert_close(first, fwdcompile.jvp(function, x, dots)[1])
+    return listed(second)
+
+
+FALSE = ["lying", "through", "reversed"]
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case not in (*FALSE, "sigmoid")])
+def test_second_derivatives(case: str) -> None:
+    function, x = CASES[case]
+    dots, step = tuple(map(along, x)), 1e-5
+
+    def first(by: float) -> list[Tensor]:
+        moved = tuple(p + by * d for p, d in zip(x, dots, strict=True))
+        return listed(fwdcompile.jvp(function, moved, dots)[1])
+
+    differences = [(a - b) / (2 * step) for a, b in zip(first(step), first(-step), strict=True)]
+    torch.testing.assert_close(twice(function, x), differences, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("case", FALSE)
+def test_second_derivatives_of_what_the_first_one_is_said_to_be(case: str) -> None:
+    function, x = CASES[case]
+    _, product = torch.autograd.functional.hvp(lambda x: function(x).sum(), x, tuple(map(along, x)))
+    curvature = sum((p * along(part)).sum() for p, part in zip(product, x, strict=True))
+    torch.testing.assert_close(sum(part.sum() for part in twice(function, x)), curvature)
+
+
+def test_a_second_derivative_through_what_was_saved_on_the_way_is_refused() -> None:
+    with pytest.raises(fwdcompile.MissingRuleError, match="has saved it, and it is neither"):
+        twice(*CASES["sigmoid"])
+
+
+def wrong(backward: Callable[[Any, Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    class Wrong(Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            ctx.save_for_backward(x)
+            return x.sin()
+
+    Wrong.backward = staticmethod(backward)
+    return lambda x: Wrong.apply(x)
+
+
+@pytest.mark.parametrize(
+    ("backward", "reason"),
+    [
+        (lambda ctx, g: g.clamp(-1, 1), "the slope of clamp depends on it"),
+        (lambda ctx, g: g * g.abs().mean(), "the slope of abs_1 depends on it"),
+        (lambda ctx, g: g / g.norm(), "depends on it"),
+        (lambda ctx, g: g.sign(), "sign has no slope"),
+        (lambda ctx, g: torch.where(g > 0, ctx.saved_tensors[0], 0.0), "where has no slope"),
+        (lambda ctx, g: (g > 0).to(g.dtype), "to_copy has no slope"),
+        (lambda ctx, g: g + 0.1 * ctx.saved_tensors[0], "it adds something"),
+        (lambda ctx, g: torch.ones_like(g), "it adds something"),
+        (lambda ctx, g: g + torch.randn_like(g), "randn_like draws random numbers"),
+    ],
+)
+def test_a_backward_that_is_no_transpose_is_refused(backward: Any, reason: str) -> None:
+    function = wrong(backward)
+    with pytest.raises(
+        fwdcompile.RuleError, match=rf"(?s)test_pushforward.py:\d+.*Wrong is not linear.*{reason}"
+    ):
+        fwdcompile.jvp(function, (X,), (along(X),))
+    fwdcompile.jvp(lambda x: x * function(x.detach()), (X,), (along(X),))
+
+
+def test_a_backward_that_fails_is_told_where_a_tangent_needs_it() -> None:
+    function = wrong(lambda ctx, g: g if float(g.sum()) > 0 else -g)
+    with pytest.raises(fwdcompile.RuleError, match="decides in Python by the value"):
+        fwdcompile.jvp(function, (X,), (along(X),))
+
+
+def test_a_function_without_a_derivative() -> None:
+    class Nothing(Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.sin()
+
+    with pytest.raises(fwdcompile.RuleError, match="must implement either the backward or vjp"):
+        fwdcompile.jvp(lambda x: Nothing.apply(x), (X,), (along(X),))
+
+
+class Quantized(nn.Module):
+    """A layer that trains through rounded weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(4, 8), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = zoo.RoundThrough.apply(self.fc1.weight * 8) / 8
+        hidden = torch.relu(nn.functional.linear(x, weight, self.fc1.bias))
+        return zoo.Linear.apply(hidden, self.fc2.weight, self.fc2.bias)
+
+
+def test_rank_one_tangents_go_through_as_factors() -> None:
+    forward, model = fwdcompile.transform(Quantized()), Quantized()
+    forward.lower(torch.ones(16, 4), rank_one=True)
+    shapes = {model.fc1.weight.shape, model.fc2.weight.shape}
+    nodes = [n for n in forward.program.graph.nodes if n.op == "call_function"]
+    made = [n.name for n in nodes if n.meta["val"].shape in shapes]
+    assert made and not [name for name in made if name.endswith("_dot")]
+
+
+@pytest.mark.parametrize("rank_one", [False, True])
+@pytest.mark.parametrize("samples", [1, 2])
+def test_steps_train_through_functions(rank_one: bool, samples: int) -> None:
+    torch.manual_seed(0)
+    model, x, target = Quantized(), torch.randn(16, 4), torch.randint(2, (16,))
+    loss_fn = nn.functional.cross_entropy
+    directions = fwdcompile.Rademacher(rank_one=rank_one)
+    grad = fwdcompile.ForwardGradient(
+        model, loss_fn, directions=directions, samples=samples, compile=False
+    )
+    slopes = []
+    for _ in range(400 // samples):
+        grad(x, target)
+        slopes.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    loss_fn(model(x), target).backward()
+    true = torch.cat([p.grad.flatten() for p in model.parameters()])
+    mean = torch.stack(slopes).mean(0)
+    assert torch.nn.functional.cosine_similarity(mean, true, dim=0) > 0.8
