@@ -22,10 +22,11 @@ from unittest import mock
 import torch
 from torch import SymBool, SymFloat, SymInt, Tensor, fx
 from torch._dynamo.variables.misc import AutogradFunctionVariable
+from torch.autograd import forward_ad
 from torch.autograd.function import Function, FunctionCtx
 from torch.utils import _pytree as pytree
 
-from .errors import CaptureError
+from .errors import CaptureError, FwdcompileError
 from .hazards import line_of, user_frame
 from .program import Program, is_differentiable, rename
 
@@ -256,3 +257,20 @@ def dissolve(graph: fx.Graph) -> None:
 def _replace(node: fx.Node, source: Any) -> None:
     node.replace_all_uses_with(source)
     node.graph.erase_node(node)
+
+
+def refuse_autograd(program: Program, tensors: Sequence[Tensor]) -> None:
+    """Refuses to run a program whose Functions autograd would differentiate op by op.
+
+    Raises:
+        FwdcompileError: autograd, or torch's own forward mode, would record the run.
+    """
+    if not program.calls:
+        return
+    recorded = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    if recorded or forward_ad._current_level >= 0:
+        raise FwdcompileError(
+            f"{program.calls[0].name} is a torch.autograd.Function, whose derivative this program "
+            "has in its tangents alone: autograd cannot go through it. Call it under "
+            "torch.no_grad(), and not inside torch.func.jvp."
+        )

@@ -11,7 +11,6 @@ from typing import Any
 import networkx as nx
 import torch
 from torch import Tensor, fx
-from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
 from .autocast import casts, without_casts
@@ -30,7 +29,7 @@ from .calls import settle
 from .capture import capture
 from .compiling import replays
 from .costs import Product, calibrate
-from .custom import dissolve
+from .custom import dissolve, refuse_autograd
 from .directions import RankOne
 from .errors import FwdcompileError, TangentError
 from .lowered import Function, Lowered, generate
@@ -119,8 +118,7 @@ class Forward:
         if self.compile and self.dynamic:
             mark_open(lowered.program, values)
         tensors = arrange(lowered.program.inputs, values, dots)
-        if lowered.program.calls:
-            _refuse_autograd(lowered.program, tensors)
+        refuse_autograd(lowered.program, tensors)
         with without_casts():
             outs = lowered.function(*tensors)
         store(lowered.program.outputs, outs, values)
@@ -311,17 +309,6 @@ class _Request:
         levels = tuple(tuple(level) for level in (*inner, dots[0]))
         rank_one = tuple(name for name, dot in dots[0].items() if isinstance(dot, RankOne))
         return _Request(levels, len(dots), same and bool(inner) and len(dots) == 1, rank_one)
-
-
-def _refuse_autograd(program: Program, tensors: Sequence[Any]) -> None:
-    """Autograd would differentiate the forward of a torch.autograd.Function op by op."""
-    recorded = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-    if recorded or forward_ad._current_level >= 0:
-        raise FwdcompileError(
-            f"{program.calls[0].name} is a torch.autograd.Function, whose derivative this program "
-            "has in its tangents alone: autograd cannot go through it. Call it under "
-            "torch.no_grad(), and not inside torch.func.jvp."
-        )
 
 
 def _kinds(dots: Tangents) -> dict[str, type]:

@@ -8,7 +8,7 @@ g, and the vjp of this map of g is captured along x_dot.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -26,10 +26,11 @@ from .binding import signature_of
 from .capture import capture
 from .custom import Call, Ref, attached, calls, dissolve, empty, intermediate
 from .errors import FwdcompileError, RuleError
-from .program import Program, is_differentiable, is_random, op_name, value
+from .linearity import evaluate, not_linear, paths, place_of
+from .program import Program, is_differentiable, value
 from .simplify import dce
 from .subgraph import set_outputs
-from .transform import _Transform, transform
+from .transform import transform
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +43,7 @@ class Pushforward:
     @cached_property
     def leaves_out(self) -> bool:
         """Whether a tangent that is left out costs nothing; otherwise it has to be zeros."""
-        return not _not_linear(self.program, "dots")
+        return not not_linear(self.program, "dots")
 
     def along(self, present: Iterable[str]) -> Program:
         """The program for some of the tangents: as it is linear, its own tangent along them."""
@@ -129,13 +130,13 @@ def _pushforward(call: Call, node: fx.Node) -> Pushforward:
     if call.function.jvp is not Function.jvp:
         return Pushforward(_captured(_own(call), *like, dots))
     pullback = _captured(_pullback(call), *like, gs)
-    if reason := _not_linear(pullback, "gs"):
+    if reason := not_linear(pullback, "gs"):
         raise RuleError(
             f"the backward of {call.name} is not linear in the gradient that it is given ({reason})"
             ", so that it does not say what a tangent is.\n  Give the Function a jvp."
         )
     made = Pushforward(_captured(_transposed(pullback), *like, dots))
-    if _paths(pullback, "gs") != {(j, i) for i, j in _paths(made.program, "dots")}:
+    if paths(pullback, "gs") != {(j, i) for i, j in paths(made.program, "dots")}:
         raise RuleError(
             f"the backward of {call.name} calls an op that torch has no derivative of.\n  Give the "
             "Function a jvp."
@@ -192,7 +193,7 @@ def _transposed(pullback: Program) -> Callable[..., Any]:
             return tuple(found[name] for name in names)
 
         grads, vjp = torch.func.vjp(linear, *map(torch.zeros_like, outs))  # type: ignore[misc]
-        each = zip((dots[_place(name)] for name in names), grads, strict=True)
+        each = zip((dots[place_of(name)] for name in names), grads, strict=True)
         return list(vjp(tuple(_like(dot, grad) for dot, grad in each)))
 
     return pushforward
@@ -204,109 +205,5 @@ def _like(dot: Tensor, grad: Tensor) -> Tensor:
     return dot if dot.shape == grad.shape else dot.expand(grad.shape)
 
 
-def evaluate(program: Program, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Runs a program op by op, on tensors of any kind.
-
-    Args:
-        program: without higher-order ops.
-        values: of its inputs and tangents, by name; what it does not read may be missing.
-    """
-    env: dict[fx.Node, Any] = {}
-    for node, slot in program.placeholders():
-        env[node] = values.get(slot.name)
-        if slot.kind == "constant":
-            env[node] = _constant(program.constants[slot.name])
-    for node in program.graph.nodes:
-        if node.op == "call_function":
-            args, kwargs = fx.node.map_aggregate(
-                (node.args, dict(node.kwargs)), lambda x: env[x] if isinstance(x, fx.Node) else x
-            )
-            env[node] = node.target(*args, **kwargs)
-    return {slot.name: env[node] for node, slot in program.results()}
-
-
-def _constant(x: Tensor) -> Tensor:
-    if x.numel() > 1:
-        raise RuleError("a derivative makes a tensor of numbers; let forward save it in ctx")
-    return torch.full(x.shape, x.item(), dtype=x.dtype, device=x.device)
-
-
-def _not_linear(program: Program, group: str) -> str:
-    """Why a program is not seen to be linear in the tensors of a group; empty if it is."""
-    if drawn := [node for node in program.graph.nodes if is_random(node)]:
-        return f"{op_name(drawn[0])} draws random numbers"
-    return _not_affine(program, group) or _not_zero(program, group)
-
-
-def _not_affine(program: Program, group: str) -> str:
-    """Why a program is not seen to have one slope along all tensors of a group.
-
-    It has, if its tangent along them depends on none of them, and no value has lost its tangent.
-    """
-    names = {slot.name for slot in program.inputs if slot.name.startswith(f"{group}.")}
-    walk = _Transform(program, 1)
-    try:
-        dual = walk.run(dict.fromkeys(names, range(1)), ())
-    except FwdcompileError as error:
-        return str(error)
-    starts = [node for node, slot in program.placeholders() if slot.name in names]
-    for node in _downstream(starts):
-        if is_differentiable(value(node)) and node not in walk.dots:
-            return f"{op_name(node)} has no slope"
-    dce(dual.graph)
-    for node in _downstream([walk.primals[node] for node in starts]):
-        if node.meta["role"] != "primal":
-            return f"the slope of {node.meta['of']} depends on it"
-    return ""
-
-
-def _not_zero(program: Program, group: str) -> str:
-    """Whether zeros for the tensors of a group give something else, tried on numbers."""
-    values: dict[str, Any] = {}
-    for node, slot in program.placeholders():
-        x = value(node)
-        generator = torch.Generator(x.device).manual_seed(0)
-        shape, dtype = x.shape, torch.float32 if x.dtype == torch.bool else x.dtype
-        sample = torch.zeros(shape, dtype=dtype, device=x.device)
-        if dtype.is_floating_point and not slot.name.startswith(f"{group}."):
-            sample.uniform_(0.1, 0.9, generator=generator)
-        values[slot.name] = sample > 0.5 if x.dtype == torch.bool else sample
-    with torch.no_grad():
-        found = evaluate(program, values)
-    affine = any(bool(x.nan_to_num().ne(0).any()) for x in found.values())
-    return "it adds something" if affine else ""
-
-
-def _paths(program: Program, group: str) -> set[tuple[int, int]]:
-    """Which outputs depend on which tensors of a group, as pairs of places."""
-    outs = list(program.results())
-    found = set()
-    for node, slot in program.placeholders():
-        if slot.name.startswith(f"{group}."):
-            reached = {node, *_downstream([node])}
-            found |= {(_place(slot.name), _place(s.name)) for n, s in outs if n in reached}
-    return found
-
-
-def _downstream(starts: Collection[fx.Node]) -> list[fx.Node]:
-    """The nodes whose values depend on those of some, in the order of the program."""
-    seen, found = set(starts), []
-    for node in next(iter(seen)).graph.nodes if seen else ():
-        if node.op == "call_function" and seen.intersection(node.all_input_nodes):
-            if not _reads_shape(node):
-                seen.add(node)
-                found.append(node)
-    return found
-
-
-def _reads_shape(node: fx.Node) -> bool:
-    """Whether the op is one of zeros_like, new_empty and their kind."""
-    return op_name(node).startswith("new_") or op_name(node).endswith("_like")
-
-
 def _named(**groups: Sequence[Tensor]) -> dict[str, Any]:
     return {f"{group}.{i}": x for group, xs in groups.items() for i, x in enumerate(xs)}
-
-
-def _place(name: str) -> int:
-    return int(name.rsplit(".", 1)[1])
