@@ -24,6 +24,7 @@ from .checks import without_value_checks
 from .custom import adopt_calls, kept_derivatives
 from .decompose import decompose
 from .errors import CaptureError
+from .flex import flex_as_ops
 from .hazards import (
     explain,
     known_shapes,
@@ -150,6 +151,7 @@ def _export(
             warnings.filterwarnings("ignore", _WEIGHTS_OF_RNN, UserWarning)
             stack.enter_context(user_source_lines())
             stack.enter_context(without_value_checks())
+            stack.enter_context(flex_as_ops())
             stack.enter_context(known_shapes())
             shapes = open_first(args, kwargs) if dynamic else None
             with preserve_node_meta():  # the source lines in the branches of a torch.cond

@@ -28,7 +28,12 @@ aten = torch.ops.aten
 
 _HERE = str(Path(__file__).parent) + os.sep
 _TORCH = str(Path(torch.__file__).parent) + os.sep
-_PASSED = (_TORCH, "<", f"{_HERE}custom.py")  # what stands between a call and the model's line
+_PASSED = (
+    _TORCH,
+    "<",
+    f"{_HERE}custom.py",
+    f"{_HERE}flex.py",
+)  # what stands between a call and the model's line
 _FRAME = re.compile(r'File "(.+?)", line (\d+), in .*(?:\n    (.*))?')
 
 

@@ -8,7 +8,7 @@ import torch
 from nets import Mlp
 from torch import Tensor, nn
 from torch._higher_order_ops import while_loop
-from torch.nn.attention.flex_attention import flex_attention
+from torch._higher_order_ops.strict_mode import strict_mode
 
 import fwdcompile
 from fwdcompile.capture import capture
@@ -168,11 +168,11 @@ def test_what_a_branch_cannot_say_is_refused(function: Any, message: str) -> Non
 
 
 def test_other_higher_order_ops_are_refused() -> None:
-    def model(q: Tensor) -> Tensor:
-        return flex_attention(q, q, q, score_mod=lambda score, b, h, i, j: score * 2)
+    def model(x: Tensor) -> Tensor:
+        return strict_mode(torch.sin, (x,))
 
-    with pytest.raises(fwdcompile.CaptureError, match=r"(?s)test_capture.py:\d+.*flex_attention"):
-        capture(model, (torch.ones(1, 1, 16, 16),), {})
+    with pytest.raises(fwdcompile.CaptureError, match=r"(?s)test_capture.py:\d+.*op strict_mode"):
+        capture(model, (torch.ones(2),), {})
 
 
 def test_loops_carry_tensors() -> None:
