@@ -85,7 +85,7 @@ def capture(
     Example:
         >>> capture(torch.tanh, (torch.zeros(3),), {}).graph.print_tabular()
     """
-    with kept_derivatives(dynamic) as made:
+    with kept_derivatives() as made:
         exported = _export(Root(model), *_distinct(model, args, kwargs), dynamic)
     paths = [path for path, _ in input_leaves(model, args, kwargs)]
     return adopt_calls(_program(exported, model, paths), made)

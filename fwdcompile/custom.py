@@ -113,7 +113,7 @@ _keys = itertools.count()
 
 
 @contextmanager
-def kept_derivatives(dynamic: bool) -> Iterator[dict[int, Call]]:
+def kept_derivatives() -> Iterator[dict[int, Call]]:
     """Records the Functions of the user by `attached`; gives what it has recorded, by key.
 
     Branches and loop bodies of higher-order ops are traced by dynamo, which takes a Function apart
@@ -131,8 +131,6 @@ def kept_derivatives(dynamic: bool) -> Iterator[dict[int, Call]]:
         if cls.__module__.startswith("torch."):
             return original(cls, *args, **kwargs)
         where = line_of(user_frame(traceback.extract_stack()[:-1]))
-        if dynamic:
-            raise _refused(cls, where, "with dynamic=True its derivative would be of one size")
         if torch._C._are_functorch_transforms_active():
             raise _refused(cls, where, "inside a transform of torch.func it cannot be kept")
         return _apply(cls, where, made, args, kwargs)
@@ -178,7 +176,7 @@ def _apply(cls: Any, where: str, made: dict[int, Call], args: Any, kwargs: Any) 
     groups = {"inputs": [x for x in inner if is_differentiable(x)], "outs": outs, "saved": []}
     held = pytree.tree_map(lambda x: _ref(x, groups), vars(ctx))
     if any(isinstance(x, SymInt | SymFloat | SymBool) for x in pytree.tree_leaves(held)):
-        raise _refused(cls, where, "its ctx holds a size that depends on values")
+        raise _refused(cls, where, "its ctx holds a size that is open")
     places = tuple(moving.index(i) if i in moving else _zeros(x) for i, x in enumerate(results))
     call = Call(cls, where, ctx.needs_input_grad, places, held)
     key = next(_keys)

@@ -123,7 +123,10 @@ def _tried(call: Call, node: fx.Node) -> Pushforward | FwdcompileError:
 def _pushforward(call: Call, node: fx.Node) -> Pushforward:
     outs, inputs, saved = ([value(x) for x in group] for group in node.args[:3])  # type: ignore
     if any(isinstance(n, SymInt) for x in (*outs, *inputs, *saved) for n in x.shape):
-        raise RuleError(f"{call.name} takes tensors whose sizes depend on values")
+        raise RuleError(
+            f"{call.name}, a torch.autograd.Function, takes tensors whose size is open. Leave "
+            "dynamic=True out, and give it no tensor whose size depends on values."
+        )
     with FakeTensorMode():
         like = [[empty(x) for x in group] for group in (saved, inputs, outs)]
         dots, gs = [empty(x) for x in inputs], [empty(x) for x in outs]

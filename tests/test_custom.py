@@ -97,7 +97,7 @@ class Counting(Function):
     [
         (lambda x: Doubled.apply(x * 1), "mark_dirty"),
         (lambda x: Quiet.apply(x * 1), r"x.mul_\(2\)"),
-        (lambda x: Counting.apply(x), "its ctx holds a size that depends on values"),
+        (lambda x: Counting.apply(x), "its ctx holds a size that is open"),
         (
             lambda x: torch.func.grad(lambda x: zoo.Lying.apply(x).sum())(x),
             "transform of torch.func",
@@ -110,10 +110,17 @@ def test_what_cannot_be_kept_is_refused(function: Any, reason: str) -> None:
         capture(function, (X,), {})
 
 
-def test_one_program_for_all_sizes_is_refused() -> None:
-    forward = fwdcompile.transform(lambda x: zoo.Lying.apply(x), dynamic=True)
-    with pytest.raises(fwdcompile.CaptureError, match=r"(?s)Lying.*dynamic=True"):
-        forward(X, tangents={"x": X})
+def test_one_program_for_all_sizes_has_functions_of_what_has_one_size() -> None:
+    def model(x: Tensor, w: Tensor) -> Tensor:
+        return zoo.Lying.apply(x) @ zoo.RoundThrough.apply(w[0] * 3)
+
+    forward, w = fwdcompile.transform(model, dynamic=True), X[None]
+    for x in (torch.ones(4, 2, dtype=X.dtype), torch.ones(7, 2, dtype=X.dtype)):
+        _, y_dot = forward(x, w, tangents={"w": w})
+        torch.testing.assert_close(y_dot, (x * x) @ (w[0] * 3))
+    assert len(forward._cache) == 2 and len({id(one) for one in forward._cache.values()}) == 1
+    with pytest.raises(fwdcompile.RuleError, match=r"(?s)test_custom.py:\d+.*Lying.*dynamic=True"):
+        forward(x, w, tangents={"x": x})
 
 
 def test_integers_go_through_as_they_are() -> None:
