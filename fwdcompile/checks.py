@@ -16,6 +16,7 @@ from torch.nn.modules import transformer
 
 from . import rule
 
+aten = torch.ops.aten
 _gaussian_nll_loss = functional.gaussian_nll_loss
 _effects = effects.has_effects
 
@@ -27,12 +28,17 @@ def without_value_checks() -> Iterator[None]:
     `nn.Transformer` and its parts ask whether a mask is causal, to choose a faster kernel: the
     program applies the mask as it is. `nn.GaussianNLLLoss` asks whether a variance is negative:
     the program takes it for `eps`, as the loss does with what is below it. `torch.cov` and
-    `torch.corrcoef` ask whether weights are valid, and are captured as what lowers them. Whether a
+    `torch.corrcoef` ask whether weights are valid, and are captured as what lowers them, as is
+    `multilabel_margin_loss`, which torch takes apart wrongly below autograd. Whether a
     matrix was singular is no effect that keeps its place among others.
     """
     with ExitStack() as stack:
-        for op in (torch.ops.aten.cov.default, torch.ops.aten.corrcoef.default):
-            lower = {DispatchKey.CompositeImplicitAutograd: rule.lowerings[op]}
+        for op, key in (
+            (aten.cov.default, DispatchKey.CompositeImplicitAutograd),
+            (aten.corrcoef.default, DispatchKey.CompositeImplicitAutograd),
+            (aten.multilabel_margin_loss_forward.default, DispatchKey.Autograd),
+        ):
+            lower = {key: rule.lowerings[op]}
             stack.enter_context(mock.patch.dict(op.py_kernels, lower))
         for owner, name, instead in (
             (transformer, "_detect_is_causal_mask", _is_causal),
@@ -53,4 +59,4 @@ def _unchecked(*args: Any, **kwargs: Any) -> Tensor:
 
 
 def _has_effects(op: Any, *args: Any) -> bool:
-    return op is not torch.ops.aten._linalg_check_errors.default and bool(_effects(op, *args))
+    return op is not aten._linalg_check_errors.default and bool(_effects(op, *args))

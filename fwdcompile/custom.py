@@ -8,7 +8,6 @@ also names the inputs: there the tangents go round the forward, by `pushforward.
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import re
 import traceback
@@ -22,7 +21,7 @@ from unittest import mock
 import torch
 from torch import SymBool, SymFloat, SymInt, Tensor, fx
 from torch._dynamo.variables.misc import AutogradFunctionVariable
-from torch.autograd import forward_ad
+from torch.autograd import forward_ad, function
 from torch.autograd.function import Function, FunctionCtx
 from torch.utils import _pytree as pytree
 
@@ -122,18 +121,20 @@ def kept_derivatives() -> Iterator[dict[int, Call]]:
     Raises:
         CaptureError: a Function of a kind, or in a place, that cannot be kept.
     """
-    original = Function.apply.__func__  # type: ignore[attr-defined]
     traced = AutogradFunctionVariable.call_apply
+    transformed: Any = vars(function)["custom_function_call"]
     made: dict[int, Call] = {}
     met: list[CaptureError] = []
 
-    def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+    def apply(cls: Any, *args: Any) -> Any:
         if cls.__module__.startswith("torch."):
-            return original(cls, *args, **kwargs)
-        where = line_of(user_frame(traceback.extract_stack()[:-1]))
-        if torch._C._are_functorch_transforms_active():
-            raise _refused(cls, where, "inside a transform of torch.func it cannot be kept")
-        return _apply(cls, where, made, args, kwargs)
+            return super(function._SingleLevelFunction, cls).apply(*args)
+        return _apply(cls, _here(), made, args)
+
+    def custom_function_call(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        if cls.__module__.startswith("torch."):
+            return transformed(cls, *args, **kwargs)
+        raise _refused(cls, _here(), "inside a transform of torch.func it cannot be kept")
 
     def call_apply(self: Any, tx: Any, *args: Any) -> Any:
         if not self.fn_cls.__module__.startswith("torch."):
@@ -142,12 +143,18 @@ def kept_derivatives() -> Iterator[dict[int, Call]]:
         return traced(self, tx, *args)
 
     with (
-        mock.patch.object(Function, "apply", classmethod(apply)),
+        # Function.apply ends in these two; a model may have bound it long before
+        mock.patch.object(function._SingleLevelFunction, "apply", classmethod(apply), create=True),
+        mock.patch.object(function, "custom_function_call", custom_function_call),
         mock.patch.object(AutogradFunctionVariable, "call_apply", call_apply),
     ):
         yield made
     if met:
         raise met[0]
+
+
+def _here() -> str:
+    return line_of(user_frame(traceback.extract_stack()[:-2]))
 
 
 def _refused(function: Any, where: str, reason: str) -> CaptureError:
@@ -158,8 +165,8 @@ def _refused(function: Any, where: str, reason: str) -> CaptureError:
     )
 
 
-def _apply(cls: Any, where: str, made: dict[int, Call], args: Any, kwargs: Any) -> Any:
-    args, apart = _bound(cls, args, kwargs)
+def _apply(cls: Any, where: str, made: dict[int, Call], args: tuple[Any, ...]) -> Any:
+    apart = cls.setup_context is not Function.setup_context
     inner = [x.detach() if is_differentiable(x) else x for x in args]
     ctx = Context(tuple(map(is_differentiable, args)))
     out = cls.forward(*inner) if apart else cls.forward(ctx, *inner)
@@ -173,6 +180,8 @@ def _apply(cls: Any, where: str, made: dict[int, Call], args: Any, kwargs: Any) 
     if not moving or not inputs:
         return out
     outs = [results[i] for i in moving]
+    if len(set(map(id, outs))) < len(outs):
+        raise _refused(cls, where, "it returns one tensor twice")
     groups = {"inputs": [x for x in inner if is_differentiable(x)], "outs": outs, "saved": []}
     held = pytree.tree_map(lambda x: _ref(x, groups), vars(ctx))
     if any(isinstance(x, SymInt | SymFloat | SymBool) for x in pytree.tree_leaves(held)):
@@ -181,19 +190,11 @@ def _apply(cls: Any, where: str, made: dict[int, Call], args: Any, kwargs: Any) 
     call = Call(cls, where, ctx.needs_input_grad, places, held)
     key = next(_keys)
     calls[key] = made[key] = call
-    for i, x in zip(moving, attached(outs, inputs, groups["saved"], key), strict=True):
+    # as for torch, what forward reads besides its arguments is constant
+    fixed = [[x.detach() for x in group] for group in (outs, groups["saved"])]
+    for i, x in zip(moving, attached(fixed[0], inputs, fixed[1], key), strict=True):
         results[i] = x
     return tuple(results) if isinstance(out, tuple) else results[0]
-
-
-def _bound(cls: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], bool]:
-    """The arguments that forward gets; whether its ctx is set up by a function of its own."""
-    apart = cls.setup_context is not Function.setup_context
-    if not apart:
-        return args, apart
-    bound = inspect.signature(cls.forward).bind(*args, **kwargs)
-    bound.apply_defaults()
-    return bound.args, apart
 
 
 def _is_fixed(x: Tensor, ctx: Context) -> bool:
@@ -241,14 +242,14 @@ def dissolve(graph: fx.Graph) -> None:
     """
     names: dict[fx.Node, str] = {}
     for node in list(graph.nodes):
-        if node.target is attached:
-            for user in list(node.users):
-                source = node.args[0][user.args[1]]  # type: ignore
-                names |= {source: user.name} if source.op == "call_function" else {}
-                _replace(user, source)
-            graph.erase_node(node)
-        elif node.target in (intermediate, torch.ops.aten.detach.default):
+        if node.target in (intermediate, torch.ops.aten.detach.default):
             _replace(node, node.args[0])
+    for node in graph.find_nodes(op="call_function", target=attached):
+        for user in list(node.users):
+            source = node.args[0][user.args[1]]  # type: ignore[index]
+            names |= {source: user.name} if source.op == "call_function" else {}
+            _replace(user, source)
+        graph.erase_node(node)
     rename(graph, names)
 
 

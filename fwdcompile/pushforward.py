@@ -8,13 +8,14 @@ g, and the vjp of this map of g is captured along x_dot.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 import torch
-from torch import SymInt, Tensor, fx
+from torch import SymFloat, SymInt, Tensor, fx
+from torch._ops import OpOverload
 from torch._subclasses import FakeTensorMode
 from torch.autograd.function import Function
 from torch.utils import _pytree as pytree
@@ -26,18 +27,25 @@ from .binding import signature_of
 from .capture import capture
 from .custom import Call, Ref, attached, calls, dissolve, empty, intermediate
 from .errors import FwdcompileError, RuleError
-from .linearity import evaluate, not_linear, paths, place_of
-from .program import Program, is_differentiable, value
+from .linearity import downstream, not_linear, paths, place_of
+from .program import Program, is_differentiable, op_name, programs_of, value
 from .simplify import dce
 from .subgraph import set_outputs
 from .transform import transform
 
+aten = torch.ops.aten
+_COPIES = (aten.clone.default, aten.lift_fresh_copy.default)
+
 
 @dataclass(frozen=True, eq=False)
 class Pushforward:
-    """A program from `saved`, `inputs`, `outs` and `dots`, all lists, to the tangents of `outs`."""
+    """A program from `saved`, `inputs`, `outs` and `dots`, all lists, to the tangents of `outs`.
+
+    It is opaque where second derivatives of it would not be those of the Function.
+    """
 
     program: Program
+    opaque: bool = False
     _along: dict[tuple[str, ...], Program] = field(default_factory=dict)
 
     @cached_property
@@ -65,8 +73,9 @@ _made: weakref.WeakKeyDictionary[Call, Pushforward | FwdcompileError] = weakref.
 
 rule.not_implemented(
     intermediate,
-    "a torch.autograd.Function has saved it, and it is neither an input nor an output of forward: "
-    "its part in a second derivative is lost. Save inputs, or return it as a further output",
+    "a torch.autograd.Function has saved it, and it is neither an input nor an output of forward, "
+    "or makes it by another Function: its part in a second derivative is lost. Save inputs, or "
+    "return it as a further output",
 )
 
 
@@ -83,7 +92,8 @@ def attached_dot(d: Any, inputs: Any, saved: Any, key: int, out: Any) -> Any:
         dots = {f"dots.{i}": torch.zeros_like(x) for i, x in enumerate(inputs)} | dots
     held = [intermediate(x, inputs) if is_differentiable(x) else x for x in saved]
     found = evaluate(program, _named(saved=held, inputs=inputs, outs=out) | dots)
-    return tuple(found.get(f"out.{i}") for i in range(len(out)))
+    dots_out = [found.get(f"out.{i}") for i in range(len(out))]
+    return tuple(intermediate(x, inputs) if x is not None and made.opaque else x for x in dots_out)
 
 
 def derive(program: Program) -> Program:
@@ -105,12 +115,13 @@ def derive(program: Program) -> Program:
 
 def _kind(call: Call, node: fx.Node) -> Any:
     """Equal for calls with one pushforward, as far as what their ctx holds can be compared."""
-    plain = (int, float, complex, str, torch.dtype, torch.device, Ref, type(None))
-    leaves = (*pytree.tree_leaves(call.ctx), *call.outs)
-    if not all(isinstance(leaf, plain) for leaf in leaves):
+    plain = (bool, int, float, complex, str, torch.dtype, torch.device, Ref, type(None))
+    leaves, spec = pytree.tree_flatten((call.ctx, list(call.outs)))
+    if not all(type(leaf) in plain for leaf in leaves):
         return call
+    held = tuple((type(leaf), repr(leaf)) for leaf in leaves)
     tensors = [[signature_of(value(x)) for x in group] for group in node.args[:3]]  # type: ignore
-    return call.function, call.needs, call.outs, repr(call.ctx), repr(tensors)
+    return call.function, call.needs, held, repr(spec), repr(tensors)
 
 
 def _tried(call: Call, node: fx.Node) -> Pushforward | FwdcompileError:
@@ -118,6 +129,8 @@ def _tried(call: Call, node: fx.Node) -> Pushforward | FwdcompileError:
         return _pushforward(call, node)
     except FwdcompileError as error:
         return error
+    except Exception as error:
+        return RuleError(f"the derivative of {call.name} raised {type(error).__name__}: {error}")
 
 
 def _pushforward(call: Call, node: fx.Node) -> Pushforward:
@@ -131,27 +144,73 @@ def _pushforward(call: Call, node: fx.Node) -> Pushforward:
         like = [[empty(x) for x in group] for group in (saved, inputs, outs)]
         dots, gs = [empty(x) for x in inputs], [empty(x) for x in outs]
     if call.function.jvp is not Function.jvp:
-        return Pushforward(_captured(_own(call), *like, dots))
-    pullback = _captured(_pullback(call), *like, gs)
+        return Pushforward(*_captured(_own(call), *like, dots))
+    pullback, opaque = _captured(_pullback(call), *like, gs)
+    _join_detached(pullback)
     if reason := not_linear(pullback, "gs"):
         raise RuleError(
             f"the backward of {call.name} is not linear in the gradient that it is given ({reason})"
             ", so that it does not say what a tangent is.\n  Give the Function a jvp."
         )
-    made = Pushforward(_captured(_transposed(pullback), *like, dots))
-    if paths(pullback, "gs") != {(j, i) for i, j in paths(made.program, "dots")}:
+    known = all(map(_has_formula, downstream(_group(pullback, "gs"))))
+    with torch.enable_grad():  # otherwise formulas of torch reuse what has no second derivative
+        program, _ = _captured(_transposed(pullback), *like, dots) if known else (pullback, True)
+    if not known or paths(pullback, "gs") != {(j, i) for i, j in paths(program, "dots")}:
         raise RuleError(
             f"the backward of {call.name} calls an op that torch has no derivative of.\n  Give the "
             "Function a jvp."
         )
-    return made
+    return Pushforward(program, opaque)
 
 
-def _captured(function: Callable[..., Any], *groups: list[Tensor]) -> Program:
+def _captured(function: Callable[..., Any], *groups: list[Tensor]) -> tuple[Program, bool]:
+    """A program of what a function returns; whether Functions in it have been taken apart."""
     program = capture(function, groups, {})
-    dissolve(program.graph)
+    for node in program.graph.nodes:
+        read = isinstance(value(node), SymFloat) or node.target is aten._local_scalar_dense.default
+        if read or programs_of(node):
+            raise RuleError(
+                f"a derivative reads a number from a tensor, or has control flow ({op_name(node)})"
+            )
+    for node, slot in program.placeholders():
+        if slot.kind == "constant" and not _is_literal(node, program.constants[slot.name]):
+            raise RuleError(
+                "a derivative reads a tensor that is no argument and is not saved in ctx as a "
+                "tensor, a list or a dict of tensors"
+            )
+    pairs = [(node, slot) for node, slot in program.results() if slot.kind == "output"]
+    set_outputs(program.graph, [node for node, _ in pairs])
+    if program.calls:
+        dissolve(program.graph)
     dce(program.graph)
-    return program
+    opaque = bool(program.calls)
+    return replace(program, outputs=tuple(slot for _, slot in pairs), calls=()), opaque
+
+
+def _is_literal(node: fx.Node, x: Tensor) -> bool:
+    """Whether a constant is made of numbers by the function itself, which then copies it."""
+    return type(x) is Tensor and all(user.target in _COPIES for user in node.users)
+
+
+def _join_detached(pullback: Program) -> None:
+    """Lets what depends on a gradient depend on it where backward detaches it as well."""
+    for node in downstream(_group(pullback, "gs")):
+        if node.target is aten.detach.default:
+            node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+            pullback.graph.erase_node(node)
+
+
+def _group(program: Program, group: str) -> list[fx.Node]:
+    return [node for node, slot in program.placeholders() if slot.name.startswith(f"{group}.")]
+
+
+def _has_formula(node: fx.Node) -> bool:
+    """Whether autograd knows the op; where it does not know a library's, it says nothing."""
+    if not isinstance(node.target, OpOverload) or node.target.namespace in ("aten", "prims"):
+        return True
+    keys = ("Autograd", "AutogradCPU", "AutogradCUDA", "CompositeImplicitAutograd")
+    name = node.target.name()  # type: ignore[no-untyped-call]
+    return any(torch._C._dispatch_has_kernel_for_dispatch_key(name, key) for key in keys)
 
 
 def _own(call: Call) -> Callable[..., Any]:
@@ -180,6 +239,8 @@ def _pullback(call: Call) -> Callable[..., Any]:
         boxed = getattr(call.function, "boxed_grads_call", False)
         found = backward(ctx, given) if boxed else backward(ctx, *given)
         found = found if isinstance(found, tuple) else (found,)
+        if len(found) < len(call.needs):
+            raise RuleError(f"backward returns {len(found)} gradients for {len(call.needs)} inputs")
         return [x for x, needed in zip(found, call.needs, strict=False) if needed]
 
     return pullback
@@ -190,6 +251,8 @@ def _transposed(pullback: Program) -> Callable[..., Any]:
 
     def pushforward(saved: Any, inputs: Any, outs: Any, dots: Any) -> Any:
         known = _named(saved=saved, inputs=inputs, outs=outs)
+        if not names:
+            return []
 
         def linear(*gs: Tensor) -> tuple[Tensor, ...]:
             found = evaluate(pullback, known | _named(gs=gs))
@@ -206,6 +269,39 @@ def _like(dot: Tensor, grad: Tensor) -> Tensor:
     """The transpose of what autograd does to a gradient that is not quite like its input."""
     dot = dot.to(grad.dtype)
     return dot if dot.shape == grad.shape else dot.expand(grad.shape)
+
+
+def evaluate(program: Program, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Runs a program op by op, on tensors of any kind.
+
+    Args:
+        program: of a derivative, without higher-order ops.
+        values: of its inputs and tangents, by name; what it does not read may be missing.
+    """
+    env: dict[fx.Node, Any] = {}
+    for node, slot in program.placeholders():
+        env[node] = values.get(slot.name)
+        if slot.kind == "constant":
+            env[node] = _constant(program.constants[slot.name])
+    for node in program.graph.nodes:
+        if node.op == "call_function":
+            args, kwargs = fx.node.map_aggregate(
+                (node.args, dict(node.kwargs)), lambda x: env[x] if isinstance(x, fx.Node) else x
+            )
+            env[node] = _DIFFERENTIABLE.get(node.target, node.target)(*args, **kwargs)
+    return {slot.name: env[node] for node, slot in program.results()}
+
+
+# What torch has no derivative of, by ops that it has one of.
+_DIFFERENTIABLE: dict[Any, Callable[..., Any]] = {
+    aten.copy.default: lambda self, src, *_: src.to(self.dtype).expand(self.shape),
+}
+
+
+def _constant(x: Tensor) -> Tensor:
+    if x.numel() > 1:
+        raise RuleError("a derivative makes a tensor of numbers; let forward save it in ctx")
+    return torch.full(x.shape, x.item(), dtype=x.dtype, device=x.device)
 
 
 def _named(**groups: Sequence[Tensor]) -> dict[str, Any]:

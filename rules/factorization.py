@@ -27,11 +27,7 @@ def _slogdet(d: Tensor, A: Tensor, out: tuple[Tensor, ...]) -> Any:
     """The logarithm moves by its real part, the phase turns by its imaginary one."""
     ratio = _log_det(d, A)
     turn = out[0] * ratio.imag * 1j if A.is_complex() else None
-    return turn, ratio.real, None, None
-
-
-jvp(aten._linalg_det.default, A=lambda d, A, out: (out[0] * _log_det(d, A), None, None))
-jvp(aten._linalg_slogdet.default, A=_slogdet)
+    return turn, ratio.real, kept_lu(_in_rows(d, A), *out[2:]), None
 
 
 # Cholesky: L_dot = L F where F, lower, has F + F' = inv(L) A_dot inv(L').
@@ -68,6 +64,24 @@ def packed(L: Tensor, U: Tensor) -> Tensor:
     wide: Tensor = aten.constant_pad_nd(L, [0, U.shape[-1] - L.shape[-1]])
     tall: Tensor = aten.constant_pad_nd(U, [0, 0, 0, L.shape[-2] - U.shape[-2]])
     return wide + tall
+
+
+def kept_lu(d: Tensor, LU: Tensor, pivots: Tensor) -> Tensor:
+    """The tangent of the LU that is returned beside what is asked for."""
+    P, L, U = torch.lu_unpack(LU, pivots)
+    return packed(*lu_dot(P.mT @ d, L, U))
+
+
+def _in_rows(d: Tensor, A: Tensor) -> Tensor:
+    """Determinants keep the LU of A', where A is real and in rows."""
+    return d.mT if A.is_contiguous() and not A.is_complex() else d
+
+
+jvp(
+    aten._linalg_det.default,
+    A=lambda d, A, out: (out[0] * _log_det(d, A), kept_lu(_in_rows(d, A), *out[1:]), None),
+)
+jvp(aten._linalg_slogdet.default, A=_slogdet)
 
 
 def _lu(d: Tensor, pivot: bool, P: Tensor, L: Tensor, U: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..rule import joint, jvp
+from ..rule import joint, jvp, lowerings
 
 aten = torch.ops.aten
 
@@ -147,21 +147,39 @@ jvp(
 )
 
 
-def multilabel_margin(d: Tensor, self: Tensor, target: Tensor, reduction: int) -> Tensor:
-    """The mean over classes of the margins that are violated; the first -1 ends a target."""
-    if self.ndim == 0:
-        d, self, target = d.reshape(1), self.reshape(1), target.reshape(1)
-    classes = torch.arange(self.shape[-1], device=self.device)
+def _labels(target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Which entries are labels, the labels, and the classes among them; the first -1 ends them."""
+    classes = torch.arange(target.shape[-1], device=target.device)
     listed = torch.cumsum(target < 0, -1) == 0
     index = torch.where(listed, target, 0)
     chosen = ((index.unsqueeze(-1) == classes) & listed.unsqueeze(-1)).any(-2, keepdim=True)
+    return listed.unsqueeze(-1), index, chosen
 
-    def differences(x: Tensor) -> Tensor:
-        return x.unsqueeze(-2) - torch.gather(x, -1, index).unsqueeze(-1)
 
-    violated = (differences(self) > -1) & listed.unsqueeze(-1) & ~chosen
-    total = (differences(d) * violated).sum((-2, -1))
+def _differences(x: Tensor, index: Tensor) -> Tensor:
+    return x.unsqueeze(-2) - torch.gather(x, -1, index).unsqueeze(-1)
+
+
+def multilabel_margin(d: Tensor, self: Tensor, target: Tensor, reduction: int) -> Tensor:
+    """The mean over classes of the margins that are violated."""
+    if self.ndim == 0:
+        d, self, target = d.reshape(1), self.reshape(1), target.reshape(1)
+    listed, index, chosen = _labels(target)
+    violated = (_differences(self, index) > -1) & listed & ~chosen
+    total = (_differences(d, index) * violated).sum((-2, -1))
     return reduced(total / self.shape[-1], None, reduction)
 
 
+def _multilabel_margin(self: Tensor, target: Tensor, reduction: int) -> tuple[Tensor, Tensor]:
+    """The loss itself; torch's decomposition counts what stands behind the first -1."""
+    shape, size = target.shape, self.shape[-1] if self.ndim else 1
+    self, target = self.reshape(-1, size), target.reshape(-1, size)
+    listed, index, chosen = _labels(target)
+    margins = torch.where(listed & ~chosen, (1 + _differences(self, index)).clamp_min(0), 0)
+    total = margins.sum((-2, -1)) / self.shape[-1]
+    total = total.reshape(()) if len(shape) < 2 else total
+    return reduced(total, None, reduction), chosen.to(self.dtype).reshape(shape)
+
+
+lowerings[aten.multilabel_margin_loss_forward.default] = _multilabel_margin
 jvp(aten.multilabel_margin_loss.default, self=multilabel_margin)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..rule import joint, jvp, linear, not_implemented, shapes
+from .factorization import kept_lu
 
 aten = torch.ops.aten
 Call = Callable[..., Any]
@@ -76,7 +77,8 @@ def _solve_ex(
     out: tuple[Tensor, ...],
     call: Call,
 ) -> Any:
-    return call(B=_residual(d, A, B, out[0], left))[0], None, None, None
+    LU = kept_lu(d["A"], out[1], out[2]) if "A" in d else None
+    return call(B=_residual(d, A, B, out[0], left))[0], LU, None, None
 
 
 @joint(aten.linalg_solve_triangular.default, wrt=("self", "B"))

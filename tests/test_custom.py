@@ -92,17 +92,23 @@ class Counting(Function):
         return x * 2
 
 
+class Twice(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = x * 2
+        return y, y
+
+
 @pytest.mark.parametrize(
     ("function", "reason"),
     [
-        (lambda x: Doubled.apply(x * 1), "mark_dirty"),
-        (lambda x: Quiet.apply(x * 1), r"x.mul_\(2\)"),
-        (lambda x: Counting.apply(x), "its ctx holds a size that is open"),
-        (
-            lambda x: torch.func.grad(lambda x: zoo.Lying.apply(x).sum())(x),
-            "transform of torch.func",
-        ),
-        (lambda x: torch.vmap(zoo.Lying.apply)(x), "transform of torch.func"),
+        (lambda x: Doubled.apply(x * 1), "[m]ark_dirty"),
+        (lambda x: Quiet.apply(x * 1), r"[x].mul_\(2\)"),
+        (lambda x: Counting.apply(x), "a size that is [o]pen"),
+        (lambda x: Twice.apply(x), "one tensor [t]wice"),
+        (lambda x: torch.func.grad(lambda x: zoo.Cube.apply(x)[0].sum())(x), "it cannot be [k]ept"),
+        (lambda x: torch.vmap(zoo.Cube.apply)(x), "it cannot be [k]ept"),
+        (lambda x: torch.vmap(zoo.Lying.apply)(x), "must override the [s]etup_context"),
     ],
 )
 def test_what_cannot_be_kept_is_refused(function: Any, reason: str) -> None:
@@ -141,6 +147,26 @@ def test_an_input_without_a_tangent_has_none_behind_it() -> None:
     forward = fwdcompile.transform(function)
     _, (of_x, of_y) = forward(X, X, tangents={"x": X})
     torch.testing.assert_close((of_x, of_y), (100 * X, 0 * X))
+
+
+def test_what_forward_reads_besides_its_arguments_is_constant() -> None:
+    class Scaled(Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor, pair: list[Tensor]) -> Tensor:
+            ctx.scale = pair[0]
+            return x * pair[0] * weight
+
+        @staticmethod
+        def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+            return gradient * ctx.scale * 2, None
+
+    weight = torch.nn.Parameter(X.cos())
+    model = torch.nn.ParameterDict({"weight": weight})
+    function = lambda x, y: Scaled.apply(x, [y]) + model["weight"]  # noqa: E731
+    with torch.no_grad():
+        y, y_dot = fwdcompile.jvp(function, (X, X.sin()), (X.cos(), X))
+    torch.testing.assert_close(y, X * X.sin() * weight + weight)
+    torch.testing.assert_close(y_dot, X.cos() * X.sin() * 2)
 
 
 def test_a_function_inside_the_derivative_of_another() -> None:

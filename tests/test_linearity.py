@@ -11,9 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fwdcompile import RuleError
 from fwdcompile.capture import capture
-from fwdcompile.linearity import evaluate, not_linear, paths, place_of
+from fwdcompile.linearity import not_linear, paths, place_of
 from fwdcompile.program import Program
 
 G = torch.linspace(-1, 1, 12, dtype=torch.float64).view(3, 4)
@@ -85,14 +84,6 @@ def test_one_op_that_is_not_linear_is_enough(ops: Any, name: str, data: Any) -> 
         return g
 
     assert not_linear(program_of(function), "gs")
-
-
-def test_evaluate_runs_a_program() -> None:
-    program = program_of(lambda g, x: g.sin() * x + torch.tensor(2.0))
-    (found,) = evaluate(program, {"gs.0": G, "saved.0": X}).values()
-    torch.testing.assert_close(found, G.sin() * X + 2)
-    with pytest.raises(RuleError, match="let forward save it"):
-        evaluate(program_of(lambda g, x: g[0, :2] * torch.tensor([1.0, 2.0])), {"gs.0": G})
 
 
 def test_paths_are_of_values_and_not_of_shapes() -> None:

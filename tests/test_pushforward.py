@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import enum
 import inspect
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import custom_functions as zoo
 import pytest
@@ -21,10 +23,13 @@ B = torch.tensor([0.3, -0.2], dtype=torch.float64)
 IMAGE = torch.linspace(-1, 1, 50, dtype=torch.float64).sin().view(1, 2, 5, 5)
 KERNEL = torch.linspace(-1, 1, 54, dtype=torch.float64).cos().view(3, 2, 3, 3)
 
+BOUND = zoo.RoundThrough.apply  # as models keep it
+
 CASES: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]] = {
     "lying": (lambda x: zoo.Lying.apply(x.sin()) * x, (X,)),
     "rectified": (lambda x: zoo.Rectified.apply(x * 2).sum(0), (X,)),
     "through": (lambda x: zoo.RoundThrough.apply(x * 3) ** 2, (X,)),
+    "bound": (lambda x: BOUND(x * 3) * x, (X,)),
     "reversed": (lambda x: zoo.Reversed.apply(x, 0.5) * x, (X,)),
     "linear": (lambda x, w, b: zoo.Linear.apply(x, w, b).tanh(), (X, W, B)),
     "linear without bias": (lambda x, w: zoo.Linear.apply(x, w).tanh(), (X, W)),
@@ -96,7 +101,7 @@ def twice(function: Callable[..., Any], x: tuple[Tensor, ...]) -> list[Tensor]:
     return listed(second)
 
 
-FALSE = ["lying", "through", "reversed"]
+FALSE = ["lying", "through", "bound", "reversed"]
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case not in (*FALSE, "sigmoid")])
@@ -125,15 +130,65 @@ def test_a_second_derivative_through_what_was_saved_on_the_way_is_refused() -> N
         twice(*CASES["sigmoid"])
 
 
-def wrong(backward: Callable[[Any, Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    class Wrong(Function):
+def sine(backward: Callable[[Any, Tensor], Any]) -> Callable[[Tensor], Tensor]:
+    """A Function that says of the sine what its derivative is."""
+
+    class Sine(Function):
         @staticmethod
         def forward(ctx: Any, x: Tensor) -> Tensor:
             ctx.save_for_backward(x)
+            ctx.slope = x.cos()
             return x.sin()
 
-    Wrong.backward = staticmethod(backward)
-    return lambda x: Wrong.apply(x)
+    Sine.backward = staticmethod(backward)
+    return lambda x: Sine.apply(x)
+
+
+def clipped_in_place(ctx: Any, g: Tensor) -> Tensor:
+    g[ctx.saved_tensors[0] < 0] = 0
+    return g
+
+
+def row_by_row(ctx: Any, g: Tensor) -> Tensor:
+    out = torch.empty_like(g)
+    out[0] = g[1]
+    out[1:].copy_(2 * g[:2])
+    return out
+
+
+@pytest.mark.parametrize(
+    "backward",
+    [
+        clipped_in_place,
+        row_by_row,
+        lambda ctx, g: g.mul_(ctx.saved_tensors[0].cos()),
+        lambda ctx, g: g.mean().expand_as(g) + torch.zeros_like(g).add_(g),
+        lambda ctx, g: torch.full_like(g, 2.0) * g + g.new_ones(4) * g,
+        lambda ctx, g: torch.where(ctx.saved_tensors[0] > 0, g, torch.zeros_like(g)),
+    ],
+)
+def test_backwards_of_many_kinds(backward: Any) -> None:
+    function, dot = sine(backward), along(X)
+    (theirs,) = oracle(function, (X,), [dot])
+    torch.testing.assert_close(fwdcompile.jvp(function, (X,), (dot,)), (X.sin(), theirs))
+
+
+def test_a_backward_that_writes_to_what_it_saved() -> None:
+    function = sine(lambda ctx, g: ctx.slope.mul_(g))
+    torch.testing.assert_close(fwdcompile.jvp(function, (X,), (X,))[1], X.cos() * X)
+
+
+def test_no_gradient_is_no_tangent() -> None:
+    function = sine(lambda ctx, g: None)
+    y, y_dot = fwdcompile.jvp(lambda x: function(x) + x, (X,), (along(X),))
+    torch.testing.assert_close((y, y_dot), (X.sin() + X, along(X)))
+
+
+SCALE = torch.tensor(2.0)
+_library = torch.library.Library("fwdtest_plain", "DEF")
+_library.define("doubled(Tensor x) -> Tensor")
+_library.impl("doubled", lambda x: x * 2, "CPU")
+torch.library.register_fake("fwdtest_plain::doubled", torch.empty_like, lib=_library)
 
 
 @pytest.mark.parametrize(
@@ -148,21 +203,82 @@ def wrong(backward: Callable[[Any, Tensor], Tensor]) -> Callable[[Tensor], Tenso
         (lambda ctx, g: g + 0.1 * ctx.saved_tensors[0], "it adds something"),
         (lambda ctx, g: torch.ones_like(g), "it adds something"),
         (lambda ctx, g: g + torch.randn_like(g), "randn_like draws random numbers"),
+        (lambda ctx, g: torch.full_like(g, 1.0) * g.round(), "round has no slope"),
+        (lambda ctx, g: g + 0.1 * torch.relu(ctx.saved_tensors[0] - 9), "it adds something"),
     ],
 )
 def test_a_backward_that_is_no_transpose_is_refused(backward: Any, reason: str) -> None:
-    function = wrong(backward)
+    function = sine(backward)
     with pytest.raises(
-        fwdcompile.RuleError, match=rf"(?s)test_pushforward.py:\d+.*Wrong is not linear.*{reason}"
+        fwdcompile.RuleError, match=rf"(?s)test_pushforward.py:\d+.*Sine is not linear.*{reason}"
     ):
         fwdcompile.jvp(function, (X,), (along(X),))
     fwdcompile.jvp(lambda x: x * function(x.detach()), (X,), (along(X),))
 
 
-def test_a_backward_that_fails_is_told_where_a_tangent_needs_it() -> None:
-    function = wrong(lambda ctx, g: g if float(g.sum()) > 0 else -g)
-    with pytest.raises(fwdcompile.RuleError, match="decides in Python by the value"):
-        fwdcompile.jvp(function, (X,), (along(X),))
+def on_a_path(ctx: Any, g: Tensor) -> Tensor:
+    return g + torch.ops.fwdtest_plain.doubled(g)
+
+
+def in_a_branch(ctx: Any, g: Tensor) -> Tensor:
+    return torch.cond(ctx.slope.sum() > 0, lambda g: g * 2, lambda g: g * 3, (g,))
+
+
+@pytest.mark.parametrize(
+    ("backward", "reason"),
+    [
+        (lambda ctx, g: g if float(g.sum()) > 0 else -g, "decides in Python by the value"),
+        (lambda ctx, g: g * ctx.slope.max().item(), "reads a number from a tensor"),
+        (lambda ctx, g: torch.full_like(g, g.mean().item()), "reads a number from a tensor"),
+        (lambda ctx, g: g * SCALE, "reads a tensor that is no argument"),
+        (lambda ctx, g: (g, None), None),
+        (lambda ctx, g: (), "0 gradients for 1 inputs"),
+        (in_a_branch, "has control flow"),
+        (on_a_path, "an op that torch has no derivative of"),
+    ],
+)
+def test_a_backward_that_cannot_be_had_is_told_where_a_tangent_needs_it(
+    backward: Any, reason: str | None
+) -> None:
+    function = sine(backward)
+    with mock.patch.dict(fwdcompile.rule.table):
+        fwdcompile.rule.linear(torch.ops.fwdtest_plain.doubled.default, wrt="x")
+        fwdcompile.jvp(lambda x: x * function(x.detach()), (X,), (along(X),))
+        if reason:
+            with pytest.raises(fwdcompile.RuleError, match=rf"(?s)test_pushforward.*{reason}"):
+                fwdcompile.jvp(function, (X,), (along(X),))
+
+
+class Level(enum.IntEnum):
+    LOW, HIGH = 1, 2
+
+    def __repr__(self) -> str:
+        return "Level"
+
+
+def test_calls_that_print_alike_have_pushforwards_of_their_own() -> None:
+    def function(x: Tensor) -> Tensor:
+        return zoo.Reversed.apply(x, Level.LOW) + 10 * zoo.Reversed.apply(x, Level.HIGH)
+
+    _, y_dot = fwdcompile.jvp(function, (X,), (along(X),))
+    torch.testing.assert_close(y_dot, -21 * along(X))
+
+
+def test_what_is_detached_is_constant_for_the_second_derivative() -> None:
+    function = sine(lambda ctx, g: g * ctx.saved_tensors[0].detach().cos())
+    x = X.clone().requires_grad_()
+    (first,) = torch.autograd.grad((function(x) * x).sum(), x, create_graph=True)
+    (product,) = torch.autograd.grad((first * along(X)).sum(), x)
+    (second,) = twice(lambda x: function(x) * x, (X,))
+    torch.testing.assert_close(second, product * along(X))
+
+
+def test_a_second_derivative_through_a_function_in_a_derivative_is_refused() -> None:
+    function = sine(lambda ctx, g: g * zoo.RoundThrough.apply(ctx.saved_tensors[0]))
+    _, y_dot = fwdcompile.jvp(function, (X,), (along(X),))
+    torch.testing.assert_close(y_dot, along(X) * X.round())
+    with pytest.raises(fwdcompile.MissingRuleError, match="makes it by another Function"):
+        twice(function, (X,))
 
 
 def test_a_function_without_a_derivative() -> None:

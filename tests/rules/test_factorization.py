@@ -87,3 +87,24 @@ def test_every_row_has_a_sample() -> None:
     tested = {aten.linalg_matrix_exp.default}.union(*map(_checked, FUNCTIONS))
     rows = {op for op, row in table.items() if row.where.startswith("rules/factorization.py")}
     assert rows <= tested
+
+
+@pytest.mark.parametrize("layout", ["rows", "columns"])
+@pytest.mark.parametrize("function", ["det", "slogdet", "solve"])
+def test_what_reads_the_kept_lu_has_its_tangent(function: str, layout: str) -> None:
+    of = {
+        "det": lambda x: torch.linalg.det(x),
+        "slogdet": lambda x: torch.linalg.slogdet(x)[1],
+        "solve": lambda x: torch.linalg.solve(x, x[..., 0] * 2 + 1).sum(-1),
+    }[function]
+    x = BATCH.mT.contiguous().mT if layout == "columns" else BATCH
+    dot, step = normal(*x.shape, seed=9), 1e-5
+
+    def gradient(x: Tensor) -> Tensor:
+        y, vjp = torch.func.vjp(of, x)
+        return vjp(torch.ones_like(y))[0]
+
+    with torch.no_grad():  # torch's formulas then reuse the LU
+        found = fwdcompile.jvp(gradient, (x,), (dot,))
+        difference = (gradient(x + step * dot) - gradient(x - step * dot)) / (2 * step)
+    torch.testing.assert_close(found, (gradient(x), difference), rtol=1e-6, atol=1e-7)

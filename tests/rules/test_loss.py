@@ -198,3 +198,24 @@ def test_low_precision(dtype: torch.dtype) -> None:
     for op, args in ((aten.mse_loss.default, (x, y)), (aten.huber_loss.default, (x, y))):
         (out,), (tangent,) = jvp_by_rule(op, args, {}, {0: d})
         assert tangent is not None and tangent.dtype == out.dtype == dtype
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("rows", [None, 3])
+def test_gradients_of_labels_that_end_early(reduction: str, rows: int | None) -> None:
+    x = torch.linspace(-1, 1, 12, dtype=torch.float64).cos().view(3, 4)
+    target = torch.tensor([[3, 0, -1, 1], [1, -1, 0, 2], [0, 1, 2, -1]])
+    if rows is None:
+        x, target = x[0], target[0]
+
+    def gradient(x: Tensor) -> Tensor:
+        def loss(x: Tensor) -> Tensor:
+            y = torch.nn.functional.multilabel_margin_loss(x, target, reduction=reduction)
+            return (y * y).sum()
+
+        return torch.func.grad(loss)(x)
+
+    step, dot = 1e-5, torch.ones_like(x).cumsum(-1)
+    difference = (gradient(x + step * dot) - gradient(x - step * dot)) / (2 * step)
+    found = fwdcompile.jvp(gradient, (x,), (dot,))
+    torch.testing.assert_close(found, (gradient(x), difference), rtol=1e-7, atol=1e-8)

@@ -50,6 +50,14 @@ ELSEWHERE = {
 }
 
 
+# Rows whose LU torch's forward mode takes for a constant; backwards of torch read it.
+KEEP_LU = {
+    "aten._linalg_det.default",
+    "aten._linalg_slogdet.default",
+    "aten._linalg_solve_ex.default",
+}
+
+
 def test_every_row_has_a_sample() -> None:
     missing = [f"{op} ({row.where})" for op, row in rows().items() if op not in REACHED | SAMPLES]
     assert not missing, f"run `python tests/rules/reach.py ENTRY`, or extend samples.py: {missing}"
@@ -76,7 +84,7 @@ def test_reached_row(op: str) -> None:
     row = rows()[op]
     arguments = of_sample(row, *REACHED[op])
     if row.word not in UNCHECKED and op not in ELSEWHERE:
-        check_row(row, arguments)
+        check_row(row, arguments, oracle="difference" if op in KEEP_LU else "jvp")
         assert devices_of(row.op, *arguments, differentiable(row, arguments)) == {"meta"}
 
 
