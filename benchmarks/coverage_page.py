@@ -78,7 +78,7 @@ def page() -> str:
 
 def _refused() -> list[str]:
     """The entries that fwdcompile refuses, each with its reason."""
-    sys.path.insert(0, str(ROOT / "tests/rules"))
+    sys.path[:0] = [str(ROOT / "tests/rules"), str(ROOT / "tests")]
     opinfo = importlib.import_module("opinfo")
     reasons: dict[str, str] = getattr(opinfo, "REFUSED", {})
     lines = [f"| {name} | {reason} |" for name, reason in sorted(reasons.items())]
