@@ -39,7 +39,8 @@ def _attend(
     """Output, logarithm of the sum and maximum of scores, the last two in powers of two.
 
     Scores are `score_mod(q k' scale, b, h, i, j)` where the mask function of the last entry of
-    `block_mask` allows them; as in torch's kernels they have 32 bits at least.
+    `block_mask` allows them; as in torch's kernels they have 32 bits at least. Its lists of blocks
+    are not read, as where torch runs without its kernels.
     """
     (batch, heads, queries, _), keys = query.shape, key.shape[-2]
     groups = heads // key.shape[1]

@@ -219,9 +219,15 @@ def _written_by(op: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) 
 
 
 def _origin(node: fx.Node) -> tuple[bool, fx.Node]:
-    """Follows views back to the tensor that owns the memory; whether a detach is on the way."""
+    """Follows views back to the tensor that owns the memory; whether a detach is on the way.
+
+    A result of a torch.autograd.Function is followed into its forward, whose inputs are detached.
+    """
     detached = False
     while node.args and isinstance(source := node.args[0], fx.Node):
+        if source.target is torch.ops.fwdcompile.attached.default:
+            node = source.args[0][node.args[1]].args[0]  # type: ignore
+            continue
         views = node.target is getitem
         if isinstance(node.target, OpOverload):
             views = any(result.alias_info is not None for result in node.target._schema.returns)

@@ -106,6 +106,7 @@ class Twice(Function):
         (lambda x: Quiet.apply(x * 1), r"[x].mul_\(2\)"),
         (lambda x: Counting.apply(x), "a size that is [o]pen"),
         (lambda x: Twice.apply(x), "one tensor [t]wice"),
+        (lambda x: zoo.Reversed.apply(x * 1, 2.0).mul_(3), "through a [d]etached one"),
         (lambda x: torch.func.grad(lambda x: zoo.Cube.apply(x)[0].sum())(x), "it cannot be [k]ept"),
         (lambda x: torch.vmap(zoo.Cube.apply)(x), "it cannot be [k]ept"),
         (lambda x: torch.vmap(zoo.Lying.apply)(x), "must override the [s]etup_context"),
@@ -127,6 +128,12 @@ def test_one_program_for_all_sizes_has_functions_of_what_has_one_size() -> None:
     assert len(forward._cache) == 2 and len({id(one) for one in forward._cache.values()}) == 1
     with pytest.raises(fwdcompile.RuleError, match=r"(?s)test_custom.py:\d+.*Lying.*dynamic=True"):
         forward(x, w, tangents={"x": x})
+
+
+def test_results_may_be_written_to() -> None:
+    function = lambda x: zoo.Cube.apply(x)[0].mul_(3).add_(x)  # noqa: E731
+    y, y_dot = fwdcompile.jvp(function, (X,), (X.cos(),))
+    torch.testing.assert_close((y, y_dot), (3 * X**3 + X, (9 * X**2 + 1) * X.cos()))
 
 
 def test_integers_go_through_as_they_are() -> None:
