@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from operator import getitem
 from typing import Any
 
@@ -28,6 +29,7 @@ from .flex import flex_as_ops
 from .hazards import (
     explain,
     known_shapes,
+    literals_of,
     refuse_hidden_writes,
     source_of,
     user_source_lines,
@@ -86,9 +88,9 @@ def capture(
         >>> capture(torch.tanh, (torch.zeros(3),), {}).graph.print_tabular()
     """
     with kept_derivatives() as made:
-        exported = _export(Root(model), *_distinct(model, args, kwargs), dynamic)
+        exported, literals = _export(Root(model), *_distinct(model, args, kwargs), dynamic)
     paths = [path for path, _ in input_leaves(model, args, kwargs)]
-    return adopt_calls(_program(exported, model, paths), made)
+    return adopt_calls(replace(_program(exported, model, paths), literals=literals), made)
 
 
 class Root(nn.Module):
@@ -144,7 +146,7 @@ def quiet() -> Iterator[None]:
 
 def _export(
     root: Root, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: bool
-) -> ExportedProgram:
+) -> tuple[ExportedProgram, frozenset[str]]:
     try:
         with ExitStack() as stack:
             stack.enter_context(quiet())
@@ -158,7 +160,7 @@ def _export(
                 exported = recorded(root, args, kwargs, shapes)
             refuse_hidden_writes(exported)
             thaw(exported.graph)
-            return decompose(exported)
+            return decompose(exported), literals_of(exported)
     except CaptureError:
         raise
     except Exception as error:

@@ -176,6 +176,14 @@ def _detach_(x: torch.Tensor) -> None:
     raise _taken_off(_here())
 
 
+def literals_of(exported: ExportedProgram) -> frozenset[str]:
+    """The constants that a model makes of numbers, and no one else can change."""
+    names = {spec.arg.name: str(spec.target) for spec in exported.graph_signature.input_specs}
+    nodes = exported.graph.find_nodes(op="placeholder")
+    made = (node for node in nodes if node.users and all(map(_is_new, node.users)))
+    return frozenset(names[node.name] for node in made)
+
+
 def _is_new(node: fx.Node) -> bool:
     """Whether this is torch.tensor(...) in the model, which torch itself detaches in place."""
     return node.target in (aten.lift_fresh.default, aten.lift_fresh_copy.default)

@@ -61,6 +61,7 @@ class Program:
         constants: values of the `constant` inputs, by name.
         aliases: second names of tied parameters, each with the name its value goes by.
         calls: of `torch.autograd.Function`, see `custom.py`.
+        literals: names of the constants that the model itself makes of numbers.
     """
 
     graph: fx.Graph
@@ -71,6 +72,7 @@ class Program:
     constants: dict[str, Tensor] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)
     calls: tuple[Any, ...] = ()
+    literals: frozenset[str] = frozenset()
 
     def placeholders(self) -> Iterator[tuple[fx.Node, Slot]]:
         """Pairs each placeholder with its slot."""

@@ -34,7 +34,6 @@ from .subgraph import set_outputs
 from .transform import transform
 
 aten = torch.ops.aten
-_COPIES = (aten.clone.default, aten.lift_fresh_copy.default)
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,12 +171,11 @@ def _captured(function: Callable[..., Any], *groups: list[Tensor]) -> tuple[Prog
             raise RuleError(
                 f"a derivative reads a number from a tensor, or has control flow ({op_name(node)})"
             )
-    for node, slot in program.placeholders():
-        if slot.kind == "constant" and not _is_literal(node, program.constants[slot.name]):
-            raise RuleError(
-                "a derivative reads a tensor that is no argument and is not saved in ctx as a "
-                "tensor, a list or a dict of tensors"
-            )
+    if program.constants.keys() - program.literals:
+        raise RuleError(
+            "a derivative reads a tensor that is no argument and is not saved in ctx as a tensor, "
+            "a list or a dict of tensors"
+        )
     pairs = [(node, slot) for node, slot in program.results() if slot.kind == "output"]
     set_outputs(program.graph, [node for node, _ in pairs])
     if program.calls:
@@ -185,11 +183,6 @@ def _captured(function: Callable[..., Any], *groups: list[Tensor]) -> tuple[Prog
     dce(program.graph)
     opaque = bool(program.calls)
     return replace(program, outputs=tuple(slot for _, slot in pairs), calls=()), opaque
-
-
-def _is_literal(node: fx.Node, x: Tensor) -> bool:
-    """Whether a constant is made of numbers by the function itself, which then copies it."""
-    return type(x) is Tensor and all(user.target in _COPIES for user in node.users)
 
 
 def _join_detached(pullback: Program) -> None:

@@ -261,3 +261,12 @@ def test_a_capture_leaves_no_mark_on_the_inputs_and_heeds_none() -> None:
     torch._dynamo.mark_dynamic(x, 0)
     (node,) = capture(torch.sin, (x,), {}).graph.find_nodes(op="placeholder")
     assert node.meta["val"].shape == (3, 2) and isinstance(node.meta["val"].shape[0], int)
+
+
+def test_constants_made_of_numbers_are_told_from_those_of_others() -> None:
+    scale = torch.tensor(1.5)
+    program = capture(
+        lambda x: x * scale + scale.clone() + torch.tensor([1.0, 2.0]), (torch.ones(2),), {}
+    )
+    (literal,) = program.literals
+    assert program.constants[literal].shape == (2,) and len(program.constants) == 2

@@ -231,6 +231,8 @@ def in_a_branch(ctx: Any, g: Tensor) -> Tensor:
         (lambda ctx, g: g * ctx.slope.max().item(), "reads a number from a tensor"),
         (lambda ctx, g: torch.full_like(g, g.mean().item()), "reads a number from a tensor"),
         (lambda ctx, g: g * SCALE, "reads a tensor that is no argument"),
+        (lambda ctx, g: g * SCALE.clone(), "reads a tensor that is no argument"),
+        (lambda ctx, g: g * torch.tensor(2.0).clone(), None),
         (lambda ctx, g: (g, None), None),
         (lambda ctx, g: (), "0 gradients for 1 inputs"),
         (in_a_branch, "has control flow"),
