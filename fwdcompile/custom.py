@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import itertools
 import re
-import traceback
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,7 +25,7 @@ from torch.autograd.function import Function, FunctionCtx
 from torch.utils import _pytree as pytree
 
 from .errors import CaptureError, FwdcompileError
-from .hazards import line_of, user_frame
+from .hazards import here, line_of
 from .program import Program, is_differentiable, rename
 
 
@@ -81,14 +80,12 @@ class Call:
 
     Attributes:
         function: the class.
-        where: the user's line.
         needs: for each argument whether it is differentiable: those are `inputs`, in order.
         outs: for each result its place in the list `outs`, or what makes zeros like it.
         ctx: what its ctx holds, with a `Ref` for each tensor.
     """
 
     function: Any
-    where: str
     needs: tuple[bool, ...]
     outs: tuple[int | Callable[[], Tensor], ...]
     ctx: dict[str, Any]
@@ -129,12 +126,12 @@ def kept_derivatives() -> Iterator[dict[int, Call]]:
     def apply(cls: Any, *args: Any) -> Any:
         if cls.__module__.startswith("torch."):
             return super(function._SingleLevelFunction, cls).apply(*args)
-        return _apply(cls, _here(), made, args)
+        return _apply(cls, here(), made, args)
 
     def custom_function_call(cls: Any, *args: Any, **kwargs: Any) -> Any:
         if cls.__module__.startswith("torch."):
             return transformed(cls, *args, **kwargs)
-        raise _refused(cls, _here(), "inside a transform of torch.func it cannot be kept")
+        raise _refused(cls, here(), "inside a transform of torch.func it cannot be kept")
 
     def call_apply(self: Any, tx: Any, *args: Any) -> Any:
         if not self.fn_cls.__module__.startswith("torch."):
@@ -151,10 +148,6 @@ def kept_derivatives() -> Iterator[dict[int, Call]]:
         yield made
     if met:
         raise met[0]
-
-
-def _here() -> str:
-    return line_of(user_frame(traceback.extract_stack()[:-2]))
 
 
 def _refused(function: Any, where: str, reason: str) -> CaptureError:
@@ -187,7 +180,7 @@ def _apply(cls: Any, where: str, made: dict[int, Call], args: tuple[Any, ...]) -
     if any(isinstance(x, SymInt | SymFloat | SymBool) for x in pytree.tree_leaves(held)):
         raise _refused(cls, where, "its ctx holds a size that is open")
     places = tuple(moving.index(i) if i in moving else _zeros(x) for i, x in enumerate(results))
-    call = Call(cls, where, ctx.needs_input_grad, places, held)
+    call = Call(cls, ctx.needs_input_grad, places, held)
     key = next(_keys)
     calls[key] = made[key] = call
     # as for torch, what forward reads besides its arguments is constant

@@ -13,8 +13,7 @@ from torch import Tensor
 from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
 from torch._higher_order_ops.flex_attention import FlexAttentionHOP
 
-# Queries a block: the scores of one block are kept, as in the tangent of plain attention.
-BLOCK = 256
+from .rules.attention import BLOCK, heads
 
 
 @contextmanager
@@ -42,10 +41,9 @@ def _attend(
     `block_mask` allows them; as in torch's kernels they have 32 bits at least. Its lists of blocks
     are not read, as where torch runs without its kernels.
     """
-    (batch, heads, queries, _), keys = query.shape, key.shape[-2]
-    groups = heads // key.shape[1]
-    if groups > 1:
-        key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
+    (batch, count, queries, _), keys = query.shape, key.shape[-2]
+    if key.shape[1] < count:
+        key, value = heads(key, query), heads(value, query)
     wide = torch.promote_types(query.dtype, torch.float32)
     key, value = key.to(wide), value.to(query.dtype)
     score = _everywhere(score_mod, 1, len(score_buffers))
@@ -55,7 +53,7 @@ def _attend(
     for first in range(0, queries, block):
         last = min(first + block, queries)
         rows = query if block == queries else query[:, :, first:last]
-        sizes = ((0, batch), (0, heads), (first, last), (0, keys))
+        sizes = ((0, batch), (0, count), (first, last), (0, keys))
         places = [torch.arange(*ends, device=query.device) for ends in sizes]
         scores = (rows.to(wide) @ key.mT) * scale
         with TransformGetItemToIndex():

@@ -28,20 +28,17 @@ aten = torch.ops.aten
 
 _HERE = str(Path(__file__).parent) + os.sep
 _TORCH = str(Path(torch.__file__).parent) + os.sep
-_PASSED = (
-    _TORCH,
-    "<",
-    f"{_HERE}custom.py",
-    f"{_HERE}flex.py",
-)  # what stands between a call and the model's line
+_CAPTURE = f"{_HERE}capture.py"
 _FRAME = re.compile(r'File "(.+?)", line (\d+), in .*(?:\n    (.*))?')
 
 
 def user_frame(frames: Sequence[traceback.FrameSummary]) -> traceback.FrameSummary | None:
     """The innermost frame of the model's own code, that is, outside torch and inside capture."""
     for frame in reversed(frames):
-        if not frame.filename.startswith(_PASSED):
-            return None if frame.filename.startswith(_HERE) else frame
+        if frame.filename == _CAPTURE:
+            return None
+        if not frame.filename.startswith((_TORCH, _HERE, "<")):
+            return frame
     return None
 
 
@@ -62,7 +59,7 @@ def line_of(frame: traceback.FrameSummary | None) -> str:
     return f"{frame.filename}:{frame.lineno}: {frame.line}" if frame else "unknown line"
 
 
-def _here() -> str:
+def here() -> str:
     """The user's line that led to the function which asks."""
     return line_of(user_frame(traceback.extract_stack()[:-2]))
 
@@ -154,7 +151,7 @@ class _HiddenWrites(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         for x in _written_by(func, args, kwargs):
             if is_differentiable(x) and x.untyped_storage()._cdata in self._detached:
-                raise _hidden(func, _here())
+                raise _hidden(func, here())
         out = func(*args, **kwargs)
         if func is aten.detach.default:
             storage = out.untyped_storage()
@@ -173,7 +170,7 @@ def refused_hidden_writes() -> Iterator[None]:
 
 
 def _detach_(x: torch.Tensor) -> None:
-    raise _taken_off(_here())
+    raise _taken_off(here())
 
 
 def literals_of(exported: ExportedProgram) -> frozenset[str]:

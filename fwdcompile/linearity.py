@@ -27,18 +27,18 @@ def not_linear(program: Program, group: str) -> str:
     """
     if drawn := [node for node in program.graph.nodes if is_random(node)]:
         return f"{op_name(drawn[0])} draws random numbers"
-    names = [slot.name for slot in program.inputs if slot.name.startswith(f"{group}.")]
+    starts = list(members(program, group))
     try:
-        return _not_affine(program, names) or _not_zero(program, names)
+        return _not_affine(program, starts) or _not_zero(program, starts)
     except FwdcompileError as error:
         return str(error)
 
 
-def _not_affine(program: Program, names: Collection[str]) -> str:
+def _not_affine(program: Program, starts: Collection[fx.Node]) -> str:
     """Why the slope along some inputs is not seen to be one for all of their values."""
     walk = _Transform(program, 1)
+    names = [slot.name for node, slot in program.placeholders() if node in starts]
     dual = walk.run(dict.fromkeys(names, range(1)), ())
-    starts = [node for node, slot in program.placeholders() if slot.name in names]
     for node in downstream(starts):
         if isinstance(value(node), Sym):
             return f"{op_name(node)} reads a value"
@@ -51,12 +51,12 @@ def _not_affine(program: Program, names: Collection[str]) -> str:
     return ""
 
 
-def _not_zero(program: Program, names: Collection[str]) -> str:
+def _not_zero(program: Program, starts: Collection[fx.Node]) -> str:
     """Why zeros for some inputs are not seen to give zeros."""
-    zeros: set[fx.Node] = set()
+    zeros = set(starts)
     for node, slot in program.placeholders():
-        known = slot.kind == "constant" and not program.constants[slot.name].any()
-        zeros |= {node} if known or slot.name in names else set()
+        if slot.kind == "constant" and not program.constants[slot.name].any():
+            zeros.add(node)
     for node in program.graph.nodes:
         if node.op == "call_function" and _vanishes(node, zeros):
             zeros.add(node)
@@ -125,11 +125,19 @@ def paths(program: Program, group: str) -> set[tuple[int, int]]:
     """Which outputs depend on which tensors of a group, as pairs of places."""
     outs = list(program.results())
     found = set()
-    for node, slot in program.placeholders():
-        if slot.name.startswith(f"{group}."):
-            reached = {node, *downstream([node])}
-            found |= {(place_of(slot.name), place_of(s.name)) for n, s in outs if n in reached}
+    for node, place in members(program, group).items():
+        reached = {node, *downstream([node])}
+        found |= {(place, place_of(slot.name)) for out, slot in outs if out in reached}
     return found
+
+
+def members(program: Program, group: str) -> dict[fx.Node, int]:
+    """The inputs of a group, each with its place in it."""
+    return {
+        node: place_of(slot.name)
+        for node, slot in program.placeholders()
+        if slot.name.startswith(f"{group}.")
+    }
 
 
 def downstream(starts: Collection[fx.Node]) -> list[fx.Node]:

@@ -27,7 +27,7 @@ from .binding import signature_of
 from .capture import capture
 from .custom import Call, Ref, attached, calls, dissolve, empty, intermediate
 from .errors import FwdcompileError, RuleError
-from .linearity import downstream, not_linear, paths, place_of
+from .linearity import downstream, members, not_linear, paths, place_of
 from .program import Program, is_differentiable, op_name, programs_of, value
 from .simplify import dce
 from .subgraph import set_outputs
@@ -143,27 +143,30 @@ def _pushforward(call: Call, node: fx.Node) -> Pushforward:
         like = [[empty(x) for x in group] for group in (saved, inputs, outs)]
         dots, gs = [empty(x) for x in inputs], [empty(x) for x in outs]
     if call.function.jvp is not Function.jvp:
-        return Pushforward(*_captured(_own(call), *like, dots))
-    pullback, opaque = _captured(_pullback(call), *like, gs)
+        program = _captured(_own(call), *like, dots)
+        return Pushforward(program, opaque=bool(program.calls))
+    pullback = _captured(_pullback(call), *like, gs)
     _join_detached(pullback)
     if reason := not_linear(pullback, "gs"):
         raise RuleError(
             f"the backward of {call.name} is not linear in the gradient that it is given ({reason})"
             ", so that it does not say what a tangent is.\n  Give the Function a jvp."
         )
-    known = all(map(_has_formula, downstream(_group(pullback, "gs"))))
+    unknown = RuleError(
+        f"the backward of {call.name} calls an op that torch has no derivative of.\n  Give the "
+        "Function a jvp."
+    )
+    if not all(map(_has_formula, downstream(members(pullback, "gs")))):
+        raise unknown
     with torch.enable_grad():  # otherwise formulas of torch reuse what has no second derivative
-        program, _ = _captured(_transposed(pullback), *like, dots) if known else (pullback, True)
-    if not known or paths(pullback, "gs") != {(j, i) for i, j in paths(program, "dots")}:
-        raise RuleError(
-            f"the backward of {call.name} calls an op that torch has no derivative of.\n  Give the "
-            "Function a jvp."
-        )
-    return Pushforward(program, opaque)
+        program = _captured(_transposed(pullback), *like, dots)
+    if paths(pullback, "gs") != {(j, i) for i, j in paths(program, "dots")}:
+        raise unknown
+    return Pushforward(program, opaque=bool(pullback.calls))
 
 
-def _captured(function: Callable[..., Any], *groups: list[Tensor]) -> tuple[Program, bool]:
-    """A program of what a function returns; whether Functions in it have been taken apart."""
+def _captured(function: Callable[..., Any], *groups: list[Tensor]) -> Program:
+    """A program of what a function returns; Functions that it calls have been taken apart."""
     program = capture(function, groups, {})
     for node in program.graph.nodes:
         read = isinstance(value(node), SymFloat) or node.target is aten._local_scalar_dense.default
@@ -181,20 +184,15 @@ def _captured(function: Callable[..., Any], *groups: list[Tensor]) -> tuple[Prog
     if program.calls:
         dissolve(program.graph)
     dce(program.graph)
-    opaque = bool(program.calls)
-    return replace(program, outputs=tuple(slot for _, slot in pairs), calls=()), opaque
+    return replace(program, outputs=tuple(slot for _, slot in pairs))
 
 
 def _join_detached(pullback: Program) -> None:
     """Lets what depends on a gradient depend on it where backward detaches it as well."""
-    for node in downstream(_group(pullback, "gs")):
+    for node in downstream(members(pullback, "gs")):
         if node.target is aten.detach.default:
             node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
             pullback.graph.erase_node(node)
-
-
-def _group(program: Program, group: str) -> list[fx.Node]:
-    return [node for node, slot in program.placeholders() if slot.name.startswith(f"{group}.")]
 
 
 def _has_formula(node: fx.Node) -> bool:

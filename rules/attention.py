@@ -33,7 +33,7 @@ def _scores(
     return torch.where(mask, scores, -math.inf) if mask.dtype == torch.bool else scores + mask
 
 
-def _heads(x: Tensor, like: Tensor) -> Tensor:
+def heads(x: Tensor, like: Tensor) -> Tensor:
     """Grouped-query attention: each key and value head serves several query heads."""
     return x.repeat_interleave(like.shape[-3] // x.shape[-3], -3)
 
@@ -60,8 +60,8 @@ def attention(
     if d.keys() == {"value"}:
         return call(value=d["value"])
     if enable_gqa:
-        key, value = _heads(key, query), _heads(value, query)
-        d = {name: _heads(x, query) if name in ("key", "value") else x for name, x in d.items()}
+        key, value = heads(key, query), heads(value, query)
+        d = {name: heads(x, query) if name in ("key", "value") else x for name, x in d.items()}
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
     query, key, value, attn_mask = map(_wide, (query, key, value, attn_mask))
     d = {name: _wide(x) for name, x in d.items()}

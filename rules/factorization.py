@@ -27,7 +27,7 @@ def _slogdet(d: Tensor, A: Tensor, out: tuple[Tensor, ...]) -> Any:
     """The logarithm moves by its real part, the phase turns by its imaginary one."""
     ratio = _log_det(d, A)
     turn = out[0] * ratio.imag * 1j if A.is_complex() else None
-    return turn, ratio.real, kept_lu(_in_rows(d, A), *out[2:]), None
+    return turn, ratio.real, kept_lu(_in_rows(d, A), out[2], out[3]), None
 
 
 # Cholesky: L_dot = L F where F, lower, has F + F' = inv(L) A_dot inv(L').
@@ -66,10 +66,13 @@ def packed(L: Tensor, U: Tensor) -> Tensor:
     return wide + tall
 
 
-def kept_lu(d: Tensor, LU: Tensor, pivots: Tensor) -> Tensor:
-    """The tangent of the LU that is returned beside what is asked for."""
-    P, L, U = torch.lu_unpack(LU, pivots)
-    return packed(*lu_dot(P.mT @ d, L, U))
+def _lu(d: Tensor, pivot: bool, P: Tensor, L: Tensor, U: Tensor) -> tuple[Tensor, Tensor]:
+    return lu_dot(P.mT @ d if pivot else d, L, U)
+
+
+def kept_lu(d: Tensor, LU: Tensor, pivots: Tensor, pivot: bool = True) -> Tensor:
+    """The tangent of an LU in one matrix, asked for or returned beside what is."""
+    return packed(*_lu(d, pivot, *torch.lu_unpack(LU, pivots)))
 
 
 def _in_rows(d: Tensor, A: Tensor) -> Tensor:
@@ -79,18 +82,13 @@ def _in_rows(d: Tensor, A: Tensor) -> Tensor:
 
 jvp(
     aten._linalg_det.default,
-    A=lambda d, A, out: (out[0] * _log_det(d, A), kept_lu(_in_rows(d, A), *out[1:]), None),
+    A=lambda d, A, out: (out[0] * _log_det(d, A), kept_lu(_in_rows(d, A), out[1], out[2]), None),
 )
 jvp(aten._linalg_slogdet.default, A=_slogdet)
 
 
-def _lu(d: Tensor, pivot: bool, P: Tensor, L: Tensor, U: Tensor) -> tuple[Tensor, Tensor]:
-    return lu_dot(P.mT @ d if pivot else d, L, U)
-
-
 def _lu_packed(d: Tensor, pivot: bool, out: tuple[Tensor, ...]) -> Any:
-    factors = _lu(d, pivot, *torch.lu_unpack(out[0], out[1]))
-    return (packed(*factors), *[None] * (len(out) - 1))
+    return (kept_lu(d, out[0], out[1], pivot), *[None] * (len(out) - 1))
 
 
 jvp(aten.linalg_lu.default, A=lambda d, pivot, out: (None, *_lu(d, pivot, *out)))

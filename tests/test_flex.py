@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from fwdcompile.rules.attention import BLOCK
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 import fwdcompile
-from fwdcompile.flex import BLOCK
 
 F64 = torch.float64
 SIZE = 12

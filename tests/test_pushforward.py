@@ -11,6 +11,7 @@ from unittest import mock
 import custom_functions as zoo
 import pytest
 import torch
+from test_reassociate import made
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd import forward_ad as fwAD
@@ -310,9 +311,8 @@ def test_rank_one_tangents_go_through_as_factors() -> None:
     forward, model = fwdcompile.transform(Quantized()), Quantized()
     forward.lower(torch.ones(16, 4), rank_one=True)
     shapes = {model.fc1.weight.shape, model.fc2.weight.shape}
-    nodes = [n for n in forward.program.graph.nodes if n.op == "call_function"]
-    made = [n.name for n in nodes if n.meta["val"].shape in shapes]
-    assert made and not [name for name in made if name.endswith("_dot")]
+    found = made(forward, shapes)
+    assert found and not [name for name in found if name.endswith("_dot")]
 
 
 @pytest.mark.parametrize("rank_one", [False, True])
