@@ -8,9 +8,11 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from operator import getitem
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, fx, nn
+from torch.export import _trace
 from torch.export.exported_program import ExportedProgram
 from torch.export.graph_signature import (
     ConstantArgument,
@@ -137,8 +139,9 @@ def _distinct(
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without warnings of torch that are about its own code."""
-    with warnings.catch_warnings():
+    """Without warnings of torch about its own code, and half a graph where export fails."""
+    silent = mock.patch.object(_trace, "print", create=True)
+    with warnings.catch_warnings(), silent:
         warnings.simplefilter("ignore", FutureWarning)
         warnings.simplefilter("ignore", DeprecationWarning)
         yield

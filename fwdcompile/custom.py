@@ -176,7 +176,7 @@ def _apply(cls: Any, where: str, made: dict[int, Call], args: tuple[Any, ...]) -
     if len(set(map(id, outs))) < len(outs):
         raise _refused(cls, where, "it returns one tensor twice")
     groups = {"inputs": [x for x in inner if is_differentiable(x)], "outs": outs, "saved": []}
-    held = pytree.tree_map(lambda x: _ref(x, groups), vars(ctx))
+    held = pytree.tree_map(lambda x: ref(x, groups), vars(ctx))
     if any(isinstance(x, SymInt | SymFloat | SymBool) for x in pytree.tree_leaves(held)):
         raise _refused(cls, where, "its ctx holds a size that is open")
     places = tuple(moving.index(i) if i in moving else _zeros(x) for i, x in enumerate(results))
@@ -194,7 +194,8 @@ def _is_fixed(x: Tensor, ctx: Context) -> bool:
     return any(x is fixed for fixed in ctx.non_differentiable)
 
 
-def _ref(x: Any, groups: dict[str, list[Tensor]]) -> Any:
+def ref(x: Any, groups: dict[str, list[Tensor]]) -> Any:
+    """Where a tensor is found, in "saved" if nowhere else; what is no tensor, as it is."""
     if not isinstance(x, Tensor):
         return x
     for group, tensors in groups.items():

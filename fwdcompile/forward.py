@@ -293,6 +293,7 @@ class Forward:
 
 
 importlib.import_module("fwdcompile.rules")  # fills the table
+importlib.import_module("fwdcompile.registered")  # and tells what makes further rows
 
 
 @dataclass(frozen=True)

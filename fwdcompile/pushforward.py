@@ -1,72 +1,26 @@
 """Pushforward: the tangent of a `torch.autograd.Function`, as a program made of its own derivative.
 
-A Function with a `jvp` says itself what its tangent is. One with a `backward` alone says what J' g
-is; J x_dot is the transpose of that. So backward is captured as a program, shown to be linear in
-g, and the vjp of this map of g is captured along x_dot.
+A Function with a `jvp` says itself what its tangent is, one with a `backward` alone the transpose.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import SymFloat, SymInt, Tensor, fx
-from torch._ops import OpOverload
-from torch._subclasses import FakeTensorMode
+from torch import fx
 from torch.autograd.function import Function
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import _disable_current_modes
 
 from . import rule
 from .autocast import without_casts
 from .binding import signature_of
-from .capture import capture
-from .custom import Call, Ref, attached, calls, dissolve, empty, intermediate
+from .custom import Call, Ref, attached, calls, intermediate
 from .errors import FwdcompileError, RuleError
-from .linearity import downstream, members, not_linear, paths, place_of
-from .program import Program, is_differentiable, op_name, programs_of, value
-from .simplify import dce
-from .subgraph import set_outputs
-from .transform import transform
-
-aten = torch.ops.aten
-
-
-@dataclass(frozen=True, eq=False)
-class Pushforward:
-    """A program from `saved`, `inputs`, `outs` and `dots`, all lists, to the tangents of `outs`.
-
-    It is opaque where second derivatives of it would not be those of the Function.
-    """
-
-    program: Program
-    opaque: bool = False
-    _along: dict[tuple[str, ...], Program] = field(default_factory=dict)
-
-    @cached_property
-    def leaves_out(self) -> bool:
-        """Whether a tangent that is left out costs nothing; otherwise it has to be zeros."""
-        return not not_linear(self.program, "dots")
-
-    def along(self, present: Iterable[str]) -> Program:
-        """The program for some of the tangents: as it is linear, its own tangent along them."""
-        key = tuple(present)
-        if key not in self._along:
-            self._along[key] = self._restricted(key) if self.leaves_out else self.program
-        return self._along[key]
-
-    def _restricted(self, present: tuple[str, ...]) -> Program:
-        program = transform(self.program, present)
-        pairs = [(node, slot) for node, slot in program.results() if slot.kind == "tangent"]
-        pairs = [(node, slot) for node, slot in pairs if not node.meta.get("absent")]
-        set_outputs(program.graph, [node for node, _ in pairs])
-        dce(program.graph)
-        return replace(program, outputs=tuple(slot for _, slot in pairs))
-
+from .program import Program, is_differentiable, value
+from .transpose import Pushforward, Tensors, pushed, transposed
 
 _made: weakref.WeakKeyDictionary[Call, Pushforward | FwdcompileError] = weakref.WeakKeyDictionary()
 
@@ -84,15 +38,9 @@ def attached_dot(d: Any, inputs: Any, saved: Any, key: int, out: Any) -> Any:
     made = _made[calls[key]]
     if isinstance(made, FwdcompileError):
         raise RuleError(str(made))
-    dots = {f"dots.{i}": x for i, x in enumerate(d["inputs"]) if x is not None}
-    with _disable_current_modes():
-        program = made.along(dots)
-    if not made.leaves_out:
-        dots = {f"dots.{i}": torch.zeros_like(x) for i, x in enumerate(inputs)} | dots
     held = [intermediate(x, inputs) if is_differentiable(x) else x for x in saved]
-    found = evaluate(program, _named(saved=held, inputs=inputs, outs=out) | dots)
-    dots_out = [found.get(f"out.{i}") for i in range(len(out))]
-    return tuple(intermediate(x, inputs) if x is not None and made.opaque else x for x in dots_out)
+    dots = made.push(Tensors(held, inputs, out), d["inputs"])
+    return tuple(intermediate(x, inputs) if x is not None and made.opaque else x for x in dots)
 
 
 def derive(program: Program) -> Program:
@@ -134,74 +82,10 @@ def _tried(call: Call, node: fx.Node) -> Pushforward | FwdcompileError:
 
 def _pushforward(call: Call, node: fx.Node) -> Pushforward:
     outs, inputs, saved = ([value(x) for x in group] for group in node.args[:3])  # type: ignore
-    if any(isinstance(n, SymInt) for x in (*outs, *inputs, *saved) for n in x.shape):
-        raise RuleError(
-            f"{call.name}, a torch.autograd.Function, takes tensors whose size is open. Leave "
-            "dynamic=True out, and give it no tensor whose size depends on values."
-        )
-    with FakeTensorMode():
-        like = [[empty(x) for x in group] for group in (saved, inputs, outs)]
-        dots, gs = [empty(x) for x in inputs], [empty(x) for x in outs]
+    tensors = Tensors(saved, inputs, outs).like(f"{call.name}, a torch.autograd.Function,")
     if call.function.jvp is not Function.jvp:
-        program = _captured(_own(call), *like, dots)
-        return Pushforward(program, opaque=bool(program.calls))
-    pullback = _captured(_pullback(call), *like, gs)
-    _join_detached(pullback)
-    if reason := not_linear(pullback, "gs"):
-        raise RuleError(
-            f"the backward of {call.name} is not linear in the gradient that it is given ({reason})"
-            ", so that it does not say what a tangent is.\n  Give the Function a jvp."
-        )
-    unknown = RuleError(
-        f"the backward of {call.name} calls an op that torch has no derivative of.\n  Give the "
-        "Function a jvp."
-    )
-    if not all(map(_has_formula, downstream(members(pullback, "gs")))):
-        raise unknown
-    with torch.enable_grad():  # otherwise formulas of torch reuse what has no second derivative
-        program = _captured(_transposed(pullback), *like, dots)
-    if paths(pullback, "gs") != {(j, i) for i, j in paths(program, "dots")}:
-        raise unknown
-    return Pushforward(program, opaque=bool(pullback.calls))
-
-
-def _captured(function: Callable[..., Any], *groups: list[Tensor]) -> Program:
-    """A program of what a function returns; Functions that it calls have been taken apart."""
-    program = capture(function, groups, {})
-    for node in program.graph.nodes:
-        read = isinstance(value(node), SymFloat) or node.target is aten._local_scalar_dense.default
-        if read or programs_of(node):
-            raise RuleError(
-                f"a derivative reads a number from a tensor, or has control flow ({op_name(node)})"
-            )
-    if program.constants.keys() - program.literals:
-        raise RuleError(
-            "a derivative reads a tensor that is no argument and is not saved in ctx as a tensor, "
-            "a list or a dict of tensors"
-        )
-    pairs = [(node, slot) for node, slot in program.results() if slot.kind == "output"]
-    set_outputs(program.graph, [node for node, _ in pairs])
-    if program.calls:
-        dissolve(program.graph)
-    dce(program.graph)
-    return replace(program, outputs=tuple(slot for _, slot in pairs))
-
-
-def _join_detached(pullback: Program) -> None:
-    """Lets what depends on a gradient depend on it where backward detaches it as well."""
-    for node in downstream(members(pullback, "gs")):
-        if node.target is aten.detach.default:
-            node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
-            pullback.graph.erase_node(node)
-
-
-def _has_formula(node: fx.Node) -> bool:
-    """Whether autograd knows the op; where it does not know a library's, it says nothing."""
-    if not isinstance(node.target, OpOverload) or node.target.namespace in ("aten", "prims"):
-        return True
-    keys = ("Autograd", "AutogradCPU", "AutogradCUDA", "CompositeImplicitAutograd")
-    name = node.target.name()  # type: ignore[no-untyped-call]
-    return any(torch._C._dispatch_has_kernel_for_dispatch_key(name, key) for key in keys)
+        return pushed(_own(call), tensors)
+    return transposed(_pullback(call), tensors, call.name, "Give the Function a jvp.")
 
 
 def _own(call: Call) -> Callable[..., Any]:
@@ -235,65 +119,3 @@ def _pullback(call: Call) -> Callable[..., Any]:
         return [x for x, needed in zip(found, call.needs, strict=False) if needed]
 
     return pullback
-
-
-def _transposed(pullback: Program) -> Callable[..., Any]:
-    names = [slot.name for slot in pullback.outputs]
-
-    def pushforward(saved: Any, inputs: Any, outs: Any, dots: Any) -> Any:
-        known = _named(saved=saved, inputs=inputs, outs=outs)
-        if not names:
-            return []
-
-        def linear(*gs: Tensor) -> tuple[Tensor, ...]:
-            found = evaluate(pullback, known | _named(gs=gs))
-            return tuple(found[name] for name in names)
-
-        grads, vjp = torch.func.vjp(linear, *map(torch.zeros_like, outs))  # type: ignore[misc]
-        each = zip((dots[place_of(name)] for name in names), grads, strict=True)
-        return list(vjp(tuple(_like(dot, grad) for dot, grad in each)))
-
-    return pushforward
-
-
-def _like(dot: Tensor, grad: Tensor) -> Tensor:
-    """The transpose of what autograd does to a gradient that is not quite like its input."""
-    dot = dot.to(grad.dtype)
-    return dot if dot.shape == grad.shape else dot.expand(grad.shape)
-
-
-def evaluate(program: Program, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Runs a program op by op, on tensors of any kind.
-
-    Args:
-        program: of a derivative, without higher-order ops.
-        values: of its inputs and tangents, by name; what it does not read may be missing.
-    """
-    env: dict[fx.Node, Any] = {}
-    for node, slot in program.placeholders():
-        env[node] = values.get(slot.name)
-        if slot.kind == "constant":
-            env[node] = _constant(program.constants[slot.name])
-    for node in program.graph.nodes:
-        if node.op == "call_function":
-            args, kwargs = fx.node.map_aggregate(
-                (node.args, dict(node.kwargs)), lambda x: env[x] if isinstance(x, fx.Node) else x
-            )
-            env[node] = _DIFFERENTIABLE.get(node.target, node.target)(*args, **kwargs)
-    return {slot.name: env[node] for node, slot in program.results()}
-
-
-# What torch has no derivative of, by ops that it has one of.
-_DIFFERENTIABLE: dict[Any, Callable[..., Any]] = {
-    aten.copy.default: lambda self, src, *_: src.to(self.dtype).expand(self.shape),
-}
-
-
-def _constant(x: Tensor) -> Tensor:
-    if x.numel() > 1:
-        raise RuleError("a derivative makes a tensor of numbers; let forward save it in ctx")
-    return torch.full(x.shape, x.item(), dtype=x.dtype, device=x.device)
-
-
-def _named(**groups: Sequence[Tensor]) -> dict[str, Any]:
-    return {f"{group}.{i}": x for group, xs in groups.items() for i, x in enumerate(xs)}

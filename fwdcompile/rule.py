@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch import fx
 from torch._ops import OpOverload
 
 from .errors import RuleError
@@ -62,6 +63,24 @@ lowerings: dict[OpOverload, Callable[..., Any]] = {}
 # Ops whose output shapes torch cannot tell before it runs them, with a function that tells them
 # for capture: it takes the op's arguments and returns empty tensors.
 shapes: dict[OpOverload, Callable[..., Any]] = {}
+
+Maker = Callable[[fx.Node], Rule | None]
+_makers: list[Maker] = []
+
+
+def maker(function: Maker) -> Maker:
+    """Decorates a function that makes rows for ops without one, or gives None.
+
+    It takes a call of such an op in a program.
+    """
+    _makers.append(function)
+    return function
+
+
+def row_for(node: fx.Node) -> Rule | None:
+    """The row of the op that a node calls: of the table, or made for it."""
+    row = table.get(node.target)  # type: ignore[call-overload]
+    return row or next(filter(None, (make(node) for make in _makers)), None)
 
 
 def linear(op: OpOverload, wrt: str | tuple[str, ...]) -> None:

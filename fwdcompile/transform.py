@@ -228,7 +228,10 @@ class _Transform:
         return node in self.dots
 
     def _site(self, node: fx.Node) -> Site:
-        row = rule.table.get(node.target)  # type: ignore[call-overload]
+        try:
+            row = rule.row_for(node)
+        except RuleError as error:
+            raise RuleError(f"{_describe(node)}\n  {error}") from error
         if row is None or row.word == "not_implemented":
             raise MissingRuleError(_missing(node, row))
         return site_of(node, self.primals[node], row, self.recorder)

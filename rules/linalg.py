@@ -34,6 +34,19 @@ for _op in (
     multilinear(_op, wrt=("self", "other"))
 
 
+def _dense(d: Tensor) -> Tensor:
+    """A tangent laid out as grouped products want it, that is, not expanded."""
+    return d if 1 in d.stride()[-2:] and 0 not in d.stride() else d.contiguous()
+
+
+# Experts: rows of one matrix by a matrix for each group of them.
+jvp(
+    aten._grouped_mm.default,
+    self=lambda d, call: call(self=_dense(d)),
+    mat2=lambda d, call: call(mat2=_dense(d)),
+)
+
+
 @joint(aten.einsum.default, aten.linalg_multi_dot.default, wrt=("tensors",))
 def _product(d: dict[str, list[Tensor | None]], tensors: list[Tensor], call: Call) -> Any:
     """The product rule over a list of factors."""

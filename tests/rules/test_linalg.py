@@ -136,3 +136,33 @@ def test_the_tangent_has_its_primals_dtype(dtype: torch.dtype) -> None:
 def test_every_row_has_a_sample() -> None:
     tested = {op for op, _, _ in PRODUCTS + LISTS + AFFINE + DISTANCES}
     assert {op for op, row in table.items() if row.where.startswith("rules/linalg.py")} == tested
+
+
+ENDS = torch.tensor([3, 3, 10, 16], dtype=torch.int32)  # of each group's rows
+ROWS, EXPERTS, COLUMNS = _t(16, 8), _t(4, 8, 24), _t(8, 16)
+
+
+@pytest.mark.parametrize(
+    ("x", "w", "ends"),
+    [(ROWS, EXPERTS, ENDS), (ROWS, EXPERTS.mT.contiguous().mT, ENDS), (EXPERTS.mT, COLUMNS, ENDS),
+     (COLUMNS, ROWS, ENDS), (_t(4, 16, 8), EXPERTS, None)],
+)  # fmt: skip
+def test_grouped_products(x: Tensor, w: Tensor, ends: Tensor | None) -> None:
+    def parts(x: Tensor) -> list[Tensor]:  # torch has no derivative of its own, nor float64
+        return list(torch.tensor_split(x, ENDS[:-1].tolist(), -2)) if x.ndim == 2 else list(x)
+
+    def product(x: Tensor, w: Tensor) -> Tensor:
+        if ends is None or x.ndim == w.ndim == 2:
+            pairs = zip(parts(x.mT) if x.ndim == 2 else x, parts(w), strict=True)
+            return torch.stack([(a.mT if x.ndim == 2 else a) @ b for a, b in pairs])
+        pairs = zip(parts(x), parts(w if w.ndim == 3 else w.mT), strict=True)
+        return torch.cat([a @ (b if w.ndim == 3 else b.mT) for a, b in pairs], w.ndim - 3)
+
+    x, w = x.bfloat16(), w.bfloat16()
+    x_dot, w_dot = x.cos(), w.new_ones(()).expand(w.shape)
+    fwd = fwdcompile.transform(lambda x, w: torch._grouped_mm(x, w * 1, offs=ends))
+    y, y_dot = fwd(x, w, tangents={"x": x_dot, "w": w_dot})
+    wide = [t.double() for t in (x, w, x_dot, w_dot)]
+    expected, expected_dot = torch.func.jvp(product, tuple(wide[:2]), tuple(wide[2:]))
+    torch.testing.assert_close(y.double(), expected, rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(y_dot.double(), expected_dot, rtol=2e-2, atol=5e-2)
