@@ -1,21 +1,23 @@
-"""Writes docs/models.md: torchvision's models, each program against reverse mode or torch.func.jvp.
+"""Writes docs/models.md: models of torchvision and transformers, each program against an oracle.
 
-    python benchmarks/zoo.py [--models resnet18,r3d_18] [--minutes 60]
+    python benchmarks/zoo.py [--models resnet18,"gpt2 causal"] [--families language] [--minutes 60]
 
-Every model runs in training and in evaluation mode, with a random direction in all parameters and
-the images, on float64 weights, or float32 for those with more than `HEAVY` parameters. An entry is
-written as soon as it is measured; entries that the file has are kept unless they are named.
+The oracle is reverse mode or torch.func.jvp. Every model runs in training and in evaluation mode,
+with a random direction in all parameters and the images, on float64 weights, or float32 for those
+with more than `HEAVY` parameters. An entry is written as soon as it is measured; entries that the
+file has are kept unless they are named.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
-import subprocess
 import sys
 import time
 import warnings
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +42,8 @@ def measure(name: str, training: bool) -> dict[str, Any]:
     parameters = sum(p.numel() for p in model.parameters())
     dtype = torch.float32 if parameters > HEAVY else torch.float64
     torch.manual_seed(1)
-    case = Case.of(model.to(dtype).train(training), tuple(x.to(dtype) for x in inputs))
+    inputs = tuple(x.to(dtype) if x.is_floating_point() else x for x in inputs)
+    case = Case.of(model.to(dtype).train(training), inputs)
     compared = compare(case, ("jvp",) if name in STOPPED else ("reverse", "jvp"))
     graphs = compared.lowered.stages
     return {
@@ -57,13 +60,14 @@ def measure(name: str, training: bool) -> dict[str, Any]:
 
 
 def fresh(name: str, mode: str) -> dict[str, Any]:
-    """`measure` in a new process, so that memory goes back; an error's last line if it fails."""
-    command = [sys.executable, "-W", "ignore", __file__, "--one", name, mode]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        return {"failed": (done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1]}
-    measured: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    return measured
+    """`measure` in a new process, so that memory goes back; the first line of an error."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__ if __name__ != "__main__" else "zoo"])
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        try:
+            return pool.submit(measure, name, mode == "train").result()
+        except Exception as error:
+            return {"failed": f"{type(error).__name__}: {error}".splitlines()[0]}
 
 
 def page(result: dict[str, Any]) -> str:
@@ -74,7 +78,8 @@ def page(result: dict[str, Any]) -> str:
         "",
         "The generated program of each model against reverse mode: u'(Jv) = (J'u)'v for a random",
         "u and a direction v in all parameters and inputs. Outputs and buffers agree as well.",
-        "Written by `make zoo`. Seconds are capture, transform, passes and printing.",
+        "Written by `make zoo`. Seconds are capture, transform, passes and printing. Models of",
+        "language are Hugging Face's, in small; most compute in float32 here and there.",
     ]
     for family, names in families().items():
         found = {n: entries[n] for n in names if n in entries}
@@ -98,18 +103,16 @@ def _row(name: str, modes: dict[str, dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", type=lambda text: text.split(","))
+    parser.add_argument("--families", type=lambda text: text.split(","), default=list(families()))
     parser.add_argument("--minutes", type=float, default=600, help="begin no model after these")
-    parser.add_argument("--one", nargs=2, help="for the fresh process: measures here, one model")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
-    if options.one:
-        print(json.dumps(measure(options.one[0], options.one[1] == "train")))
-        return
     result = json.loads(FILE.read_text()) if FILE.exists() else {"entries": {}}
     result["environment"] = environment(torch.device("cpu"))
     names = [name for family in families().values() for name in family]
     began = time.monotonic()
-    for name in options.models or [n for n in names if n not in result["entries"]]:
+    missing = (n for family in options.families for n in families()[family])
+    for name in options.models or [n for n in missing if n not in result["entries"]]:
         if time.monotonic() - began > 60 * options.minutes:
             break
         result["entries"][name] = {mode: fresh(name, mode) for mode in ("train", "eval")}

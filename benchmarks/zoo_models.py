@@ -1,4 +1,7 @@
-"""The models of zoo.py: torchvision's, as small as they can be made, and parts of its detectors."""
+"""The models of zoo.py: torchvision's, as small as they can be made, and parts of its detectors.
+
+Language models are in zoo_transformers.py.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import zoo_transformers
 from torch import Tensor, nn
 
 from fwdcompile.data import import_torchvision
@@ -29,20 +33,21 @@ SEGMENTATION = (
     "lraspp_mobilenet_v3_large",
 )
 # Reverse mode stops at torch.no_grad, forward mode does not.
-STOPPED = ("complete_box_iou_loss",)
+STOPPED = ("complete_box_iou_loss", *zoo_transformers.STOPPED)
 # Images of 64 by 64 are too small for its auxiliary classifier.
 SIZES = {"inception_v3": 299}
 PLAIN: dict[str, Any] = {"weights": None}
 
 
 def families() -> dict[str, tuple[str, ...]]:
-    """The names by family, as torchvision has them."""
+    """The names by family, as their libraries have them."""
     models = import_torchvision().models
     return {
         "classification": tuple(models.list_models(module=models)),
         "segmentation": SEGMENTATION,
         "video": tuple(VIDEO),
         "detection": tuple(PARTS),
+        "language": zoo_transformers.names(),
     }
 
 
@@ -50,6 +55,8 @@ def build(name: str) -> tuple[nn.Module, tuple[Any, ...]]:
     """A model with random weights, and its inputs, in float32."""
     if name in PARTS:
         return PARTS[name]()
+    if " " in name and name in zoo_transformers.names():
+        return zoo_transformers.build(name)
     models = import_torchvision().models
     torch.manual_seed(0)
     if name in VIDEO:

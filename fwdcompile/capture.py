@@ -30,6 +30,7 @@ from .errors import CaptureError
 from .flex import flex_as_ops
 from .hazards import (
     explain,
+    kept_random_ops,
     known_shapes,
     literals_of,
     refuse_hidden_writes,
@@ -158,6 +159,7 @@ def _export(
             stack.enter_context(without_value_checks())
             stack.enter_context(flex_as_ops())
             stack.enter_context(known_shapes())
+            stack.enter_context(kept_random_ops())
             shapes = open_first(args, kwargs) if dynamic else None
             with preserve_node_meta():  # the source lines in the branches of a torch.cond
                 exported = recorded(root, args, kwargs, shapes)

@@ -1,4 +1,4 @@
-"""Hazards of capture: what torch.export would lose without a word is refused."""
+"""Hazards of capture: what torch.export would lose without a word is kept, or refused."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import rule
 from .errors import CaptureError
-from .program import is_differentiable, value
+from .program import is_differentiable, is_random, value
 
 aten = torch.ops.aten
 
@@ -71,6 +71,19 @@ def known_shapes() -> Iterator[None]:
         for op, empty in rule.shapes.items():
             name: str = op.name()  # type: ignore[no-untyped-call]
             library._register_fake(name.removeprefix("aten::"), empty, allow_override=True)
+        yield
+
+
+@contextmanager
+def kept_random_ops() -> Iterator[None]:
+    """Keeps random ops that nothing uses: the stream of random numbers stays the model's."""
+    eliminate = fx.Graph.eliminate_dead_code
+
+    def kept(graph: fx.Graph, is_impure: Any = None) -> bool:
+        impure = is_impure or fx.Node.is_impure
+        return eliminate(graph, lambda node: is_random(node) or impure(node))
+
+    with mock.patch.object(fx.Graph, "eliminate_dead_code", kept):
         yield
 
 

@@ -126,6 +126,22 @@ def test_writes_to_detached_copies_integers_and_buffers_are_harmless() -> None:
     torch.testing.assert_close(model.mean, x.mean(0))
 
 
+@pytest.mark.parametrize("inner", [False, True])
+def test_random_ops_that_nothing_uses_stay(inner: bool) -> None:
+    def model(x: Tensor) -> Tensor:
+        torch.nn.functional.dropout(x)
+        torch.rand(3)
+        return torch.nn.functional.dropout(x) * x
+
+    if inner:
+        model = torch.func.grad(lambda x, f=model: f(x).sum())
+    x = torch.ones(64)
+    torch.manual_seed(0)
+    expected = model(x)
+    torch.manual_seed(0)
+    torch.testing.assert_close(fwdcompile.jvp(model, (x,), (x,))[0], expected)
+
+
 def test_no_grad_does_not_stop_a_tangent() -> None:
     def model(x: Tensor) -> Tensor:
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Torchvision models in training mode: the generated program against reverse mode, in float64."""
+"""Models of libraries in training mode: the generated program against reverse mode, in float64."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 import zoo
 import zoo_models
 from nets import directions, reverse_jvp
+from oracle import Case, compare
 from torch import nn
 from torch.nn import functional as F
 
@@ -59,6 +60,23 @@ ALL = [name for names in zoo_models.families().values() for name in names]
 @pytest.mark.parametrize("name", [*PARTS, "r3d_18", "lraspp_mobilenet_v3_large"])
 def test_detection_video_and_segmentation(name: str) -> None:
     assert zoo.measure(name, training=True)["right"]
+
+
+LANGUAGE = ["gpt2 causal", "mixtral causal", "mamba causal", "deepseek_v3 causal", "t5 to"]
+
+
+@pytest.mark.parametrize("name", LANGUAGE)
+def test_language(name: str) -> None:
+    assert zoo.measure(name, training=True)["right"]
+
+
+def test_experts_by_the_op_of_a_library() -> None:
+    model, inputs = zoo_models.build("mixtral causal")
+    model.model.set_experts_implementation("grouped_mm")  # type: ignore[union-attr,operator]
+    compared = compare(Case.of(model, inputs))
+    assert compared.is_right(torch.float32)
+    ops = {str(node.target) for node in compared.lowered.stages["capture"].nodes}
+    assert "transformers.grouped_mm_fallback.default" in ops
 
 
 @pytest.mark.slow
