@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import zoo_transformers
 from results import RESULTS
 from zoo_models import STOPPED, build, families
 
@@ -86,6 +87,8 @@ def page(result: dict[str, Any]) -> str:
         right = sum(all(m.get("right") for m in e.values()) for e in found.values())
         lines += ["", f"## {family.capitalize()}: {right} of {len(names)}", ""]
         lines += [HEAD, "|---" * 8 + "|", *(_row(name, e) for name, e in found.items())]
+    left = ", ".join(zoo_transformers.LEFT_OUT)
+    lines += ["", f"Left out, as their sizes depend on each other or they take no float64: {left}."]
     machine = result["environment"]
     return "\n".join([*lines, "", f"torch {machine['torch']}, {machine['device']}.", ""])
 

@@ -30,7 +30,8 @@ from .transpose import Pushforward, Tensors, transposed
 
 Arguments = dict[str, Any]
 
-_known: dict[Any, Pushforward] = {}
+# With what each is for, which so keeps its identity.
+_known: dict[Any, tuple[Pushforward, Any]] = {}
 
 with torch._C._AutoDispatchBelowAutograd():
     _AUTOGRAD = torch._C._dispatch_tls_local_exclude_set()
@@ -82,7 +83,9 @@ def _info(op: OpOverload, arguments: Arguments) -> Any:
         if "orig_forward" in found:  # of an op that takes or returns lists
             found = inspect.getclosurevars(found["orig_forward"]).nonlocals
         info = found.get("info")
-        return info if getattr(info, "_backward_fn", None) else None
+        return info if found.get("op") is op and info._backward_fn else None
+    except Exception:  # an op that refuses such inputs has no derivative that is known here
+        return None
     return None
 
 
@@ -112,14 +115,15 @@ class _Registered:
             instead = f"Give {self.op} a row with fwdcompile.rule.jvp."
             try:
                 like = self.tensors.like(str(self.op))
-                _known[key] = transposed(self.pullback, like, str(self.op), instead)
+                made = transposed(self.pullback, like, str(self.op), instead)
+                _known[key] = made, self.places
             except FwdcompileError as error:
                 raise RuleError(str(error)) from error
             except Exception as error:
                 raise RuleError(
                     f"the backward of {self.op} raised {type(error).__name__}: {error}\n  {instead}"
                 ) from error
-        self.pushforward = _known[key]
+        self.pushforward, _ = _known[key]
 
     def pullback(
         self, saved: list[Tensor], inputs: list[Tensor], outs: list[Tensor], gs: list[Tensor]

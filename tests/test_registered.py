@@ -98,6 +98,9 @@ LIBRARY.define("opaque(Tensor x) -> Tensor")
 LIBRARY.impl("opaque", torch.sin, "CompositeExplicitAutograd")
 LIBRARY.define("opaque_backward(Tensor g, Tensor x) -> Tensor")
 LIBRARY.impl("opaque_backward", lambda g, x: g * x.cos(), "CompositeExplicitAutograd")
+LIBRARY.define("outer(Tensor x) -> Tensor")
+LIBRARY.impl("outer", lambda x: OPS.cubed(x) * 2, "Autograd")
+LIBRARY.impl("outer", lambda x: x**3 * 2, "CompositeExplicitAutograd")
 LIBRARY.define("bare(Tensor x) -> Tensor")
 LIBRARY.impl("bare", torch.sin, "CompositeExplicitAutograd")
 OPS = torch.ops.registered
@@ -118,7 +121,7 @@ def registered() -> None:
     parts.register_autograd(parts_backward, setup_context=keep_first)
     signed.register_fake(lambda x: (torch.empty_like(x), torch.empty_like(x)))
     signed.register_autograd(signed_backward, setup_context=keep_signed)
-    for name in ("cubed", "clipped", "opaque", "bare"):
+    for name in ("cubed", "clipped", "opaque", "outer", "bare"):
         torch.library.register_fake(f"registered::{name}", torch.empty_like)
     torch.library.register_fake("registered::opaque_backward", lambda g, x: torch.empty_like(x))
     backwards = {
@@ -262,6 +265,11 @@ def test_open_sizes_are_refused() -> None:
 def test_an_op_without_a_backward_needs_a_row() -> None:
     with pytest.raises(fwdcompile.MissingRuleError, match=r"fwdcompile\.rule\.jvp\(torch\.ops"):
         fwdcompile.jvp(lambda x: OPS.bare(x), (X,), (W,))
+
+
+def test_an_op_that_calls_another_does_not_take_its_backward() -> None:
+    _, y_dot = fwdcompile.jvp(lambda x: OPS.outer(x), (X,), (W,))
+    torch.testing.assert_close(y_dot, 6 * X**2 * W)
 
 
 def test_a_row_comes_first() -> None:
