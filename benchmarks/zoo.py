@@ -18,6 +18,7 @@ import sys
 import time
 import warnings
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -60,15 +61,25 @@ def measure(name: str, training: bool) -> dict[str, Any]:
     }
 
 
-def fresh(name: str, mode: str) -> dict[str, Any]:
-    """`measure` in a new process, so that memory goes back; the first line of an error."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__ if __name__ != "__main__" else "zoo"])
-    with ProcessPoolExecutor(1, mp_context=context) as pool:
+def fresh(name: str) -> dict[str, dict[str, Any]]:
+    """`measured` in a new process, so that memory goes back."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         try:
-            return pool.submit(measure, name, mode == "train").result()
+            return pool.submit(measured, name).result()
+        except BrokenProcessPool as error:
+            return dict.fromkeys(("train", "eval"), {"failed": str(error)})
+
+
+def measured(name: str) -> dict[str, dict[str, Any]]:
+    """`measure` in both modes, or the first line of an error."""
+    warnings.simplefilter("ignore")
+    result = {}
+    for mode in ("train", "eval"):
+        try:
+            result[mode] = measure(name, mode == "train")
         except Exception as error:
-            return {"failed": f"{type(error).__name__}: {error}".splitlines()[0]}
+            result[mode] = {"failed": f"{type(error).__name__}: {error}".splitlines()[0]}
+    return result
 
 
 def page(result: dict[str, Any]) -> str:
@@ -118,7 +129,7 @@ def main() -> None:
     for name in options.models or [n for n in missing if n not in result["entries"]]:
         if time.monotonic() - began > 60 * options.minutes:
             break
-        result["entries"][name] = {mode: fresh(name, mode) for mode in ("train", "eval")}
+        result["entries"][name] = fresh(name)
         print(name, result["entries"][name], flush=True)
         kept = {n: result["entries"][n] for n in names if n in result["entries"]}
         _write(FILE, json.dumps(result | {"entries": kept}, indent=1) + "\n")

@@ -83,7 +83,7 @@ def _info(op: OpOverload, arguments: Arguments) -> Any:
         if "orig_forward" in found:  # of an op that takes or returns lists
             found = inspect.getclosurevars(found["orig_forward"]).nonlocals
         info = found.get("info")
-        return info if found.get("op") is op and info._backward_fn else None
+        return info if found.get("op") is op and getattr(info, "_backward_fn", None) else None
     except Exception:  # an op that refuses such inputs has no derivative that is known here
         return None
     return None
