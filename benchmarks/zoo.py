@@ -67,7 +67,7 @@ def fresh(name: str) -> dict[str, dict[str, Any]]:
         try:
             return pool.submit(measured, name).result()
         except BrokenProcessPool as error:
-            return dict.fromkeys(("train", "eval"), {"failed": str(error)})
+            return {mode: {"failed": str(error)} for mode in ("train", "eval")}
 
 
 def measured(name: str) -> dict[str, dict[str, Any]]:

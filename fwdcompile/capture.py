@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from operator import getitem
 from typing import Any
@@ -49,10 +49,18 @@ from .parts import (
 from .program import OutSpec, Program, Slot, identifier, op_name, rename, value
 from .reverse import recorded
 from .sizes import Sym, open_first, thaw
+from .state import (
+    Attributes,
+    asking_for_gradients,
+    assignments_seen,
+    refuse_constants,
+    restored,
+)
 from .subgraph import adopt
 
 _ROOT = "_model_"
 
+_GRAD_OF_NON_LEAF = "The .grad attribute of a Tensor that is not a leaf"  # which dynamo reads
 # Recurrent layers keep a list of their parameters, which export puts its own into and back.
 _WEIGHTS_OF_RNN = r"The tensor attributes? (self[\w.]*\._flat_weights\[\d+\](, )?)+ w"
 
@@ -70,7 +78,11 @@ _OUTPUT_KINDS: Mapping[OutputKind, Any] = {
 
 
 def capture(
-    model: Model, args: Sequence[Any], kwargs: Mapping[str, Any], dynamic: bool = False
+    model: Model,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    dynamic: bool = False,
+    active: Collection[str] = (),
 ) -> Program:
     """Captures `model(*args, **kwargs)` as a flat functional program.
 
@@ -83,6 +95,8 @@ def capture(
         args: example positional arguments.
         kwargs: example keyword arguments.
         dynamic: leaves the first dimension of the inputs open, where the model does not fix it.
+        active: names of the tensors that are to have a tangent: they require gradients, in grad
+            mode, where the model asks.
 
     Raises:
         CaptureError: the model branches on data, or fails; the message names the user's line.
@@ -90,10 +104,32 @@ def capture(
     Example:
         >>> capture(torch.tanh, (torch.zeros(3),), {}).graph.print_tabular()
     """
-    with kept_derivatives() as made:
-        exported, literals = _export(Root(model), *_distinct(model, args, kwargs), dynamic)
+    if torch.is_inference_mode_enabled():
+        active = ()
+    try:
+        return _captured(model, args, kwargs, dynamic, active)
+    except CaptureError as error:
+        if not active or "leaf Variable" not in str(error):
+            raise
+        return _captured(model, args, kwargs, dynamic, ())  # it writes to one of them
+
+
+def _captured(
+    model: Model,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    dynamic: bool,
+    active: Collection[str],
+) -> Program:
+    root = Root(model)
+    inputs, moving = _distinct(model, args, kwargs, active)
+    asking = asking_for_gradients(moving) if active else nullcontext()
+    with restored(root), asking, kept_derivatives() as made:
+        exported, literals = _export(root, *inputs, dynamic)
     paths = [path for path, _ in input_leaves(model, args, kwargs)]
-    return adopt_calls(replace(_program(exported, model, paths), literals=literals), made)
+    program = replace(_program(exported, model, paths), literals=literals)
+    refuse_constants(program, named_state(model, "parameter"), root.attributes.assigned)
+    return adopt_calls(program, made)
 
 
 class Root(nn.Module):
@@ -108,18 +144,20 @@ class Root(nn.Module):
         for name, module in modules_of(model).items():
             self.add_module(name or _ROOT, module)
         self._called = (model,)  # in a tuple, so that it is not registered a second time
+        self.attributes = Attributes(self)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Calls the model and registers dataclasses that it returns."""
-        out = self._called[0](*args, **kwargs)
+        """Calls the model, writes to the buffers that it assigns, registers dataclasses."""
+        with self.attributes.watched():
+            out = self._called[0](*args, **kwargs)
         register_dataclasses(out)
         return out
 
 
 def _distinct(
-    model: Model, args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The inputs with every tensor an object of its own.
+    model: Model, args: Sequence[Any], kwargs: Mapping[str, Any], active: Collection[str]
+) -> tuple[tuple[Any, Any], list[Tensor]]:
+    """The inputs with every tensor an object of its own, and the tensors with a name in `active`.
 
     Export takes equal objects for one, heeds the sizes that a tensor says are open, and leaves such
     marks where it fails.
@@ -127,15 +165,18 @@ def _distinct(
     state = named_state(model, "parameter") | named_state(model, "buffer")
     seen = {id(x) for x in state.values()}
 
-    def fresh(x: Tensor) -> Tensor:
+    def fresh(x: Any) -> Any:
+        if not isinstance(x, Tensor):
+            return x
         if id(x) in seen:
             return torch.empty_like(x, requires_grad=x.requires_grad)
         seen.add(id(x))
         return x.detach().requires_grad_(x.requires_grad)
 
-    inputs = (tuple(args), dict(kwargs))
-    distinct: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map_only(Tensor, fresh, inputs)
-    return distinct
+    named = [(name, fresh(x)) for name, x in input_leaves(model, args, kwargs)]
+    _, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
+    moving = [x for name, x in (*state.items(), *named) if name in active and x.is_leaf]
+    return pytree.tree_unflatten([x for _, x in named], spec), moving
 
 
 @contextmanager
@@ -154,12 +195,14 @@ def _export(
     try:
         with ExitStack() as stack:
             stack.enter_context(quiet())
-            warnings.filterwarnings("ignore", _WEIGHTS_OF_RNN, UserWarning)
+            for text in (_WEIGHTS_OF_RNN, _GRAD_OF_NON_LEAF):
+                warnings.filterwarnings("ignore", text, UserWarning)
             stack.enter_context(user_source_lines())
             stack.enter_context(without_value_checks())
             stack.enter_context(flex_as_ops())
             stack.enter_context(known_shapes())
             stack.enter_context(kept_random_ops())
+            stack.enter_context(assignments_seen())
             shapes = open_first(args, kwargs) if dynamic else None
             with preserve_node_meta():  # the source lines in the branches of a torch.cond
                 exported = recorded(root, args, kwargs, shapes)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch._C import DispatchKey
 from torch._higher_order_ops import effects
+from torch.distributions import Distribution, Gamma
 from torch.nn import functional
 from torch.nn.modules import transformer
 
@@ -30,7 +31,8 @@ def without_value_checks() -> Iterator[None]:
     the program takes it for `eps`, as the loss does with what is below it. `torch.cov` and
     `torch.corrcoef` ask whether weights are valid, and are captured as what lowers them, as is
     `multilabel_margin_loss`, which torch takes apart wrongly below autograd. Whether a
-    matrix was singular is no effect that keeps its place among others.
+    matrix was singular is no effect that keeps its place among others. Distributions do not ask
+    whether their parameters are valid, unless they are told to (`validate_args=True`).
     """
     with ExitStack() as stack:
         for op, key in (
@@ -44,9 +46,19 @@ def without_value_checks() -> Iterator[None]:
             (transformer, "_detect_is_causal_mask", _is_causal),
             (functional, "gaussian_nll_loss", _unchecked),
             (effects, "has_effects", _has_effects),
+            (Distribution, "_validate_args", False),
+            (Gamma, "rsample", _gamma),
         ):
             stack.enter_context(mock.patch.object(owner, name, instead))
         yield
+
+
+def _gamma(self: Gamma, sample_shape: Any = ()) -> Tensor:
+    """Torch's sample, kept from zero in its value alone, by ops in place of a hidden write."""
+    shape = self._extended_shape(sample_shape)
+    value = torch._standard_gamma(self.concentration.expand(shape)) / self.rate.expand(shape)
+    least = torch.finfo(value.dtype).tiny
+    return torch.where(value.detach() < least, value - value.detach() + least, value)
 
 
 def _is_causal(mask: Tensor | None, is_causal: bool | None = None, size: int | None = None) -> bool:

@@ -276,7 +276,8 @@ class Forward:
         self, args: Sequence[Any], kwargs: Mapping[str, Any], request: _Request
     ) -> Program:
         if not isinstance(self.model, Forward):
-            return derive(capture(self.model, args, kwargs, self.dynamic))
+            active = {name for level in request.levels for name in level}
+            return derive(capture(self.model, args, kwargs, self.dynamic, active))
         *inner, _ = request.levels
         deeper = _Request(tuple(inner), 1, request.same and len(inner) > 1, ())
         source = self.model._lowered(args, kwargs, deeper).nestable

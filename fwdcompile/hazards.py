@@ -32,12 +32,17 @@ _CAPTURE = f"{_HERE}capture.py"
 _FRAME = re.compile(r'File "(.+?)", line (\d+), in .*(?:\n    (.*))?')
 
 
+def is_user_file(path: str) -> bool:
+    """Whether code is neither torch's nor ours."""
+    return not path.startswith((_TORCH, _HERE, "<"))
+
+
 def user_frame(frames: Sequence[traceback.FrameSummary]) -> traceback.FrameSummary | None:
     """The innermost frame of the model's own code, that is, outside torch and inside capture."""
     for frame in reversed(frames):
         if frame.filename == _CAPTURE:
             return None
-        if not frame.filename.startswith((_TORCH, _HERE, "<")):
+        if is_user_file(frame.filename):
             return frame
     return None
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._prims_common import suggest_memory_format
 
 from ..rule import joint, jvp, lowerings
 
@@ -54,6 +55,27 @@ def layer_norm(d: Dots, input: Tensor, normalized_shape: Any, weight: Any, out: 
     dims = list(range(-len(normalized_shape), 0))
     xhat, xhat_dot, mean_dot, rstd_dot = _normalise(input, out[1], out[2], dims, d.get("input"))
     return _scale(d, xhat, xhat_dot, weight, normalized_shape), mean_dot, rstd_dot
+
+
+def _group_norm(
+    input: Tensor,
+    num_groups: int,
+    weight: Any = None,
+    bias: Any = None,
+    eps: float = 1e-5,
+    cudnn_enabled: bool = True,
+) -> Any:
+    """As torch's, with a copy where a size of one hides from capture that it needs one."""
+    layout = suggest_memory_format(input) if input.is_cpu else torch.contiguous_format
+    hidden = any(isinstance(n, int) and n == 1 for n in input.shape)
+    x = (input.clone if hidden else input.contiguous)(memory_format=layout)
+    weight, bias = (y if y is None else y.contiguous() for y in (weight, bias))
+    batch, channels, *sizes = input.shape
+    counts = (batch, channels, math.prod(sizes), num_groups)
+    return aten.native_group_norm.default(x, weight, bias, *counts, eps)[0]
+
+
+lowerings[aten.group_norm.default] = _group_norm
 
 
 @joint(aten.native_group_norm.default, wrt=("input", "weight", "bias"))

@@ -132,7 +132,9 @@ def _grid_dot(
     axes = []
     for i, size in enumerate(sizes):
         scale = (size - 1) / 2 if align_corners else size / 2
-        x, x_dot = grid[..., i] * scale + (size - 1) / 2, d[..., i] * scale
+        # in the order of torch's kernel: at pixel centres rounding chooses the cell
+        x, x_dot = (grid[..., i] + 1) * scale, d[..., i] * scale
+        x = x if align_corners else x - 0.5
         axes.append(taps(x, x_dot, size, partial(_padded, size, padding_mode, align_corners)))
     corners = [_corner(input.flatten(2), sizes, taps) for taps in product(*axes)]
     return sum(corners[1:], corners[0]).view(*input.shape[:2], *grid.shape[1:-1])

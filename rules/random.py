@@ -37,6 +37,15 @@ zero(
 pointwise(aten._standard_gamma.default, lambda self, out: aten._standard_gamma_grad(self, out))
 
 
+def _dirichlet(d: Tensor, self: Tensor, out: Tensor) -> Tensor:
+    """Of gamma samples over their sum: each moves with its own parameter, all with the sum."""
+    moved: Tensor = d * aten._dirichlet_grad(out, self, self.sum(-1, True).expand_as(self))
+    return moved - out * moved.sum(-1, True)
+
+
+jvp(aten._sample_dirichlet.default, self=_dirichlet)
+
+
 def _dropped(d: Tensor, p: float, train: bool | None, out: tuple[Tensor, Tensor]) -> Tensor:
     if train is False or p == 0:
         return d

@@ -1,0 +1,209 @@
+"""State: what a model changes of itself by assignment, which torch.export drops without a word."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+
+from .errors import CaptureError
+from .hazards import here, is_user_file
+from .program import Program
+
+_DATA: Any = torch._C.TensorBase.data
+
+
+class Attributes:
+    """The tensors that a model has for attributes, while it runs once to be captured.
+
+    Attributes:
+        assigned: tensors that were attributes, and no buffers, before the model assigned others.
+    """
+
+    def __init__(self, root: nn.Module) -> None:
+        self.root = (root,)  # in a tuple, so that the root does not contain itself
+        self.assigned: dict[str, Tensor] = {}
+        homes = {
+            id(x): (module, name)
+            for module in root.modules()
+            for home in (module._parameters, module._buffers)
+            for name, x in home.items()
+        }
+        self._listed: list[tuple[Any, Any, nn.Module, str]] = []
+        for container in _containers(root):
+            items = container.items() if isinstance(container, dict) else enumerate(container)
+            for key, x in items:
+                if isinstance(x, Tensor) and id(x) in homes:
+                    self._listed.append((container, key, *homes[id(x)]))
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Lets lists and dicts hold what the attributes are now; makes assignments writes."""
+        modules = list(self.root[0].modules())
+        buffers = [(module, dict(module._buffers)) for module in modules]
+        others = [(module, dict(vars(module))) for module in modules]
+        before = [container[key] for container, key, *_ in self._listed]
+        for container, key, module, name in self._listed:
+            container[key] = getattr(module, name)
+        yield
+        for (container, key, *_), x in zip(self._listed, before, strict=True):
+            container[key] = x
+        for module, found in buffers:
+            for name, old in found.items():
+                _write_back(module, name, old)
+        for module, attributes in others:
+            for name, thing in attributes.items():
+                if isinstance(thing, Tensor) and vars(module).get(name) is not thing:
+                    self.assigned[name] = thing
+
+
+def _write_back(module: nn.Module, name: str, old: Tensor | None) -> None:
+    """Turns the assignment of a buffer into a write: `self.mean = m` into `self.mean.copy_(m)`."""
+    new = module._buffers.get(name)
+    if new is old:
+        return
+    alike = isinstance(new, Tensor) and isinstance(old, Tensor)
+    if not alike or (new.shape, new.dtype) != (old.shape, old.dtype):  # type: ignore[union-attr]
+        raise CaptureError(
+            f"{type(module).__name__} assigns to its buffer {name!r} what has another shape or "
+            "dtype, or is no tensor: a program cannot keep that.\n  Register it with the shape and "
+            "dtype that it has in the end."
+        )
+    old.copy_(new)  # type: ignore[union-attr,arg-type]
+    module._buffers[name] = old
+
+
+def refuse_constants(
+    program: Program, parameters: Mapping[str, Tensor], assigned: Mapping[str, Tensor]
+) -> None:
+    """Refuses constants of a program that are parameters, or change from call to call.
+
+    Raises:
+        CaptureError: one has the memory of one of these; of a parameter may be what is detached.
+    """
+    for node, slot in program.placeholders():
+        if slot.kind != "constant":
+            continue
+        constant = program.constants[slot.name]
+        for name, x in assigned.items():
+            if _shared(constant, x):
+                raise CaptureError(
+                    f"The model reads its attribute {name!r} and assigns to it: it is another one "
+                    "in each call, and no buffer.\n  Make it one, by register_buffer."
+                )
+        for name, x in parameters.items():
+            if _shared(constant, x) and _moves(node):
+                raise CaptureError(
+                    f"The model reads its parameter {name!r} in a way that capture does not see, "
+                    "from a tuple or another object: it has no tangent there.\n  Read it from the "
+                    "attribute."
+                )
+
+
+def _moves(start: fx.Node) -> bool:
+    """Whether an output depends on a node by another way than through a detach."""
+    seen, waiting = {start}, [start]
+    while waiting:
+        users = [user for user in waiting.pop().users if user not in seen]
+        users = [user for user in users if user.target is not torch.ops.aten.detach.default]
+        seen.update(users)
+        waiting += users
+    return any(node.op == "output" for node in seen)
+
+
+def _shared(a: Tensor, b: Tensor) -> bool:
+    return bool(a.numel()) and a.untyped_storage()._cdata == b.untyped_storage()._cdata
+
+
+@contextmanager
+def restored(root: nn.Module) -> Iterator[None]:
+    """Leaves the attributes of all modules, and the lists and dicts in them, as they were."""
+    modules = list(root.modules())
+    attributes = [(module, dict(vars(module))) for module in modules]
+    standard = (getattr(m, part) for m in modules for part in ("_parameters", "_buffers"))
+    contents = [(one, one.copy()) for one in (*_containers(root), *standard)]
+    try:
+        yield
+    finally:
+        for container, content in contents:
+            _refill(container, content)
+        for module, found in attributes:
+            vars(module).clear()
+            vars(module).update(found)
+
+
+def _containers(root: nn.Module) -> list[Any]:
+    """The lists and dicts among the attributes of all modules, those within others included."""
+    found: dict[int, Any] = {}
+
+    def look(things: Iterable[Any]) -> None:
+        for thing in things:
+            if type(thing) in (list, dict) and id(thing) not in found:
+                found[id(thing)] = thing
+                look(thing.values() if isinstance(thing, dict) else thing)
+            elif type(thing) is tuple:
+                look(thing)
+
+    for module in root.modules():
+        own = vars(module).items()
+        look(x for name, x in own if name not in ("_parameters", "_buffers", "_modules"))
+    return list(found.values())
+
+
+def _refill(container: Any, content: Any) -> None:
+    container.clear()
+    container.extend(content) if isinstance(container, list) else container.update(content)
+
+
+@contextmanager
+def assignments_seen() -> Iterator[None]:
+    """Lets the model read `x.data` as `x.detach()`; refuses what a program cannot repeat.
+
+    Raises:
+        CaptureError: the model assigns to `x.data`, or draws random numbers from Python or numpy.
+    """
+
+    def read(x: Tensor) -> Tensor:
+        asked = is_user_file(sys._getframe(1).f_code.co_filename)
+        return x.detach() if asked else _DATA.__get__(x)
+
+    def write(x: Tensor, new: Tensor) -> None:
+        if is_user_file(sys._getframe(1).f_code.co_filename):
+            raise CaptureError(
+                f"{here()}\n  It gives a tensor other memory (.data =), which a captured program "
+                "cannot say.\n  Write to it: x.copy_(...), under torch.no_grad()."
+            )
+        _DATA.__set__(x, new)
+
+    with mock.patch.object(Tensor, "data", property(read, write), create=True):
+        drawn = _states()
+        yield
+        if drawn != _states():
+            raise CaptureError(
+                "The model draws random numbers from Python's or numpy's generator: a program "
+                "would have these for ever.\n  Draw them with torch, or outside of the model."
+            )
+
+
+def _states() -> tuple[Any, ...]:
+    _, key, *rest = np.random.get_state()
+    return random.getstate(), np.asarray(key).tobytes(), *rest
+
+
+@contextmanager
+def asking_for_gradients(tensors: Sequence[Tensor]) -> Iterator[None]:
+    """In grad mode, with tensors that require gradients: for models that ask whether they do."""
+    with ExitStack() as stack:
+        stack.enter_context(torch.enable_grad())
+        for x in tensors:
+            if not x.requires_grad:
+                stack.callback(x.requires_grad_, False)
+                x.requires_grad_(True)
+        yield
