@@ -1,9 +1,25 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from oracle import Case, compare
-from torch import nn
+from torch import Tensor, nn
+from torch.distributions import (
+    Beta,
+    Categorical,
+    Dirichlet,
+    Distribution,
+    Gamma,
+    LogNormal,
+    MultivariateNormal,
+    Normal,
+    StudentT,
+    kl_divergence,
+)
+
+import fwdcompile
 
 
 @pytest.mark.parametrize(
@@ -32,3 +48,40 @@ def test_the_checks_are_back_after_capture() -> None:
     x = torch.ones(2)
     with pytest.raises(ValueError, match="negative"):
         nn.functional.gaussian_nll_loss(x, x, -x)
+
+
+X = torch.linspace(-1.5, 1.7, 12, dtype=torch.float64).view(4, 3)
+
+DISTRIBUTED: dict[str, Callable[[Tensor], Tensor]] = {
+    "normal": lambda x: Normal(x, x.exp()).rsample(),
+    "gamma": lambda x: Gamma(x.exp(), 2 * x.exp()).rsample((2,)) ** 2,
+    "gamma near zero": lambda x: Gamma(x * 0 + 1e-3, x.exp()).rsample((50,)).log(),
+    "beta": lambda x: Beta(x.exp(), 2 * x.exp()).rsample() ** 2,
+    "dirichlet": lambda x: Dirichlet(x.exp()).rsample() ** 2,
+    "student": lambda x: StudentT(x.exp() + 1).rsample(),
+    "log-normal": lambda x: LogNormal(x, 0.5).rsample(),
+    "multivariate": lambda x: MultivariateNormal(x, torch.eye(3, dtype=x.dtype)).rsample(),
+    "categorical": lambda x: Categorical(logits=x).log_prob(torch.tensor([0, 1, 2, 1])),
+    "divergence": lambda x: kl_divergence(Normal(x, x.exp()), Normal(0.0, 1.0)),
+}
+
+
+class Lambda(nn.Module):
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
+@pytest.mark.parametrize("name", DISTRIBUTED)
+def test_distributions_are_made_inside_a_model(name: str) -> None:
+    found = compare(Case.of(Lambda(DISTRIBUTED[name]), (X,)))
+    assert found.is_right(torch.float64), found
+    assert Distribution._validate_args
+
+
+def test_a_distribution_that_is_told_to_check_is_refused() -> None:
+    with pytest.raises(fwdcompile.CaptureError, match="decides in Python"):
+        fwdcompile.jvp(lambda x: Normal(x, x.exp(), validate_args=True).rsample(), (X,), (X,))

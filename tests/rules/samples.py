@@ -36,6 +36,7 @@ LENGTHS = ([3, 3], [2, 1])
 LENGTH_TENSORS = (torch.tensor([3, 3]), torch.tensor([2, 1]))
 CTC_OUT = (_t(2), _t(2, 3, 5))
 LDL, PIVOTS = torch.linalg.ldl_factor(X @ X.T)
+GROUPED, EXPERTS = _t(8, 8).bfloat16(), _t(2, 8, 8).bfloat16()
 
 OTHERS: list[tuple[Any, ...]] = [
     (aten.gelu_backward.default, (X, Y)),
@@ -49,6 +50,8 @@ OTHERS: list[tuple[Any, ...]] = [
     (aten.as_strided_scatter.default, (X, Y[:2, :2], [2, 2], [1, 2])),
     (aten.masked_select.default, (X, X > 0)),
     (aten.geqrf.default, (X,)),
+    (aten._grouped_mm.default, (GROUPED, EXPERTS, torch.tensor([2, 8], dtype=torch.int32))),
+    (aten._sample_dirichlet.default, (X.exp(),)),
     (aten.linalg_eig.default, (X[:, :3],)),
     (aten.linalg_lstsq.default, (X.T, Y.T)),
     (aten.linalg_ldl_factor.default, (X @ X.T,)),

@@ -7,6 +7,7 @@ takes saved statistics for constants.
 from __future__ import annotations
 
 import inspect
+from functools import partial
 from typing import Any
 
 import pytest
@@ -111,3 +112,18 @@ def test_dtype(dtype: torch.dtype) -> None:
     assert got.dtype == dtype
     tolerance = 1e-5 if dtype == torch.float32 else 0.1
     torch.testing.assert_close(got.double(), expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 4, 4), (2, 8, 4, 4), (2, 8, 1, 4)])
+@pytest.mark.parametrize("last", [False, True])
+def test_group_norm_of_strides_that_a_size_of_one_hides(shape: Any, last: bool) -> None:
+    def model(x: Tensor, r: Tensor, plain: bool = False) -> Tensor:
+        y = x.transpose(1, 2).reshape(r.shape) + r  # torch's own forward mode takes only the first
+        return torch.nn.functional.group_norm(y.contiguous() if plain else y, 2)
+
+    r = torch.randn(shape, dtype=torch.float64)
+    r = r.contiguous(memory_format=torch.channels_last) if last else r
+    x = torch.randn(shape[0], shape[2] * shape[3], 8, dtype=torch.float64)
+    found = fwdcompile.jvp(model, (x, r), (x.cos(), r.sin()))
+    expected = torch.func.jvp(partial(model, plain=True), (x, r), (x.cos(), r.sin()))
+    torch.testing.assert_close(found, expected, check_stride=False)

@@ -8,6 +8,9 @@ import pytest
 import torch
 from check import check, jvp_by_rule
 from torch import Tensor
+from torch.nn import functional as F
+
+import fwdcompile
 
 aten = torch.ops.aten
 
@@ -144,3 +147,21 @@ def test_dtype(dtype: torch.dtype) -> None:
     assert out_dot is not None and indices_dot is None
     assert out_dot.dtype == dtype
     torch.testing.assert_close(out_dot, torch.nn.functional.max_pool2d(x, 2), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("size", [7, 13, 32, 56])
+@pytest.mark.parametrize("align_corners", [False, True])
+def test_grid_sampler_at_pixel_centres_takes_the_cell_of_torch(
+    size: int, align_corners: bool
+) -> None:
+    image = torch.randn(1, 1, size, size, generator=torch.Generator().manual_seed(2))
+
+    def warped(theta: Tensor) -> Tensor:  # by the identity, as transformers of images begin
+        grid = F.affine_grid(theta, [1, 1, size, size], align_corners=align_corners)
+        return F.grid_sample(image, grid, align_corners=align_corners).square().mean()
+
+    theta = torch.eye(2, 3).unsqueeze(0).requires_grad_()
+    direction = torch.linspace(-1, 1, 6).view(1, 2, 3)
+    _, slope = fwdcompile.jvp(warped, (theta.detach(),), (direction,))
+    (gradient,) = torch.autograd.grad(warped(theta), theta)
+    torch.testing.assert_close(slope, (gradient * direction).sum(), rtol=1e-4, atol=1e-4)
