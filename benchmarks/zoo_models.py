@@ -33,7 +33,7 @@ SEGMENTATION = (
     "lraspp_mobilenet_v3_large",
 )
 # Reverse mode stops at torch.no_grad, forward mode does not.
-STOPPED = ("complete_box_iou_loss", *zoo_transformers.STOPPED)
+STOPPED = ("complete_box_iou_loss",)
 # Images of 64 by 64 are too small for its auxiliary classifier.
 SIZES = {"inception_v3": 299}
 PLAIN: dict[str, Any] = {"weights": None}
