@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -34,6 +35,7 @@ from .hazards import (
     known_shapes,
     literals_of,
     refuse_hidden_writes,
+    refuse_scripts,
     source_of,
     user_source_lines,
 )
@@ -109,9 +111,9 @@ def capture(
     try:
         return _captured(model, args, kwargs, dynamic, active)
     except CaptureError as error:
-        if not active or "leaf Variable" not in str(error):
+        if not active or not re.search("requires.grad", str(error)):
             raise
-        return _captured(model, args, kwargs, dynamic, ())  # it writes to one of them
+        return _captured(model, args, kwargs, dynamic, ())  # a write, an op without a backward
 
 
 def _captured(
@@ -122,6 +124,7 @@ def _captured(
     active: Collection[str],
 ) -> Program:
     root = Root(model)
+    refuse_scripts(root, model)
     inputs, moving = _distinct(model, args, kwargs, active)
     asking = asking_for_gradients(moving) if active else nullcontext()
     with restored(root), asking, kept_derivatives() as made:

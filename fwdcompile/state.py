@@ -93,7 +93,7 @@ def refuse_constants(
             continue
         constant = program.constants[slot.name]
         for name, x in assigned.items():
-            if _shared(constant, x):
+            if _shared(constant, x) and _geometry(constant) == _geometry(x):
                 raise CaptureError(
                     f"The model reads its attribute {name!r} and assigns to it: it is another one "
                     "in each call, and no buffer.\n  Make it one, by register_buffer."
@@ -120,6 +120,10 @@ def _moves(start: fx.Node) -> bool:
 
 def _shared(a: Tensor, b: Tensor) -> bool:
     return bool(a.numel()) and a.untyped_storage()._cdata == b.untyped_storage()._cdata
+
+
+def _geometry(x: Tensor) -> Any:
+    return x.storage_offset(), x.shape, x.stride(), x.dtype
 
 
 @contextmanager

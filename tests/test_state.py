@@ -163,6 +163,26 @@ def test_state_in_a_plain_attribute_is_refused() -> None:
         fwdcompile.transform(Stateful())(X, tangents={"x": X})
 
 
+class Cached(nn.Module):
+    """Keeps a part of a constant in an attribute, and reads the whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = torch.arange(9.0).view(3, 3)
+        self.part = self.table[:2]
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.part = self.table[:2]
+        return x * self.part
+
+
+@pytest.mark.filterwarnings("ignore:The tensor attribute .* was assigned during export")
+def test_a_part_of_a_constant_in_a_plain_attribute_is_none_of_state() -> None:
+    model = Cached()
+    y, y_dot = fwdcompile.transform(model)(X, tangents={"x": X})
+    torch.testing.assert_close((y, y_dot), (X * model.table[:2], X * model.table[:2]))
+
+
 class Through(nn.Module):
     """A straight-through gradient where one is asked for."""
 
