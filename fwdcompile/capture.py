@@ -7,20 +7,13 @@ import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
-from operator import getitem
 from typing import Any
 from unittest import mock
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.export import _trace
 from torch.export.exported_program import ExportedProgram
-from torch.export.graph_signature import (
-    ConstantArgument,
-    InputKind,
-    InputSpec,
-    OutputKind,
-)
 from torch.fx.traceback import preserve_node_meta
 from torch.utils import _pytree as pytree
 
@@ -28,6 +21,7 @@ from .checks import without_value_checks
 from .custom import adopt_calls, kept_derivatives
 from .decompose import decompose
 from .errors import CaptureError
+from .exported import ROOT, adopted
 from .flex import flex_as_ops
 from .hazards import (
     explain,
@@ -36,21 +30,18 @@ from .hazards import (
     literals_of,
     refuse_hidden_writes,
     refuse_scripts,
-    source_of,
     user_source_lines,
 )
 from .parts import (
     Model,
-    aliases_of,
-    dotted,
     input_leaves,
     modules_of,
     named_state,
     register_dataclasses,
 )
-from .program import OutSpec, Program, Slot, identifier, op_name, rename, value
+from .program import Program
 from .reverse import recorded
-from .sizes import Sym, open_first, thaw
+from .sizes import open_first, thaw
 from .state import (
     Attributes,
     asking_for_gradients,
@@ -58,25 +49,10 @@ from .state import (
     refuse_constants,
     restored,
 )
-from .subgraph import adopt
-
-_ROOT = "_model_"
 
 _GRAD_OF_NON_LEAF = "The .grad attribute of a Tensor that is not a leaf"  # which dynamo reads
 # Recurrent layers keep a list of their parameters, which export puts its own into and back.
 _WEIGHTS_OF_RNN = r"The tensor attributes? (self[\w.]*\._flat_weights\[\d+\](, )?)+ w"
-
-_INPUT_KINDS: Mapping[InputKind, Any] = {
-    InputKind.PARAMETER: "parameter",
-    InputKind.BUFFER: "buffer",
-    InputKind.CONSTANT_TENSOR: "constant",
-    InputKind.USER_INPUT: "input",
-}
-_OUTPUT_KINDS: Mapping[OutputKind, Any] = {
-    OutputKind.USER_OUTPUT: "output",
-    OutputKind.BUFFER_MUTATION: "buffer",
-    OutputKind.USER_INPUT_MUTATION: "input",
-}
 
 
 def capture(
@@ -130,7 +106,7 @@ def _captured(
     with restored(root), asking, kept_derivatives() as made:
         exported, literals = _export(root, *inputs, dynamic)
     paths = [path for path, _ in input_leaves(model, args, kwargs)]
-    program = replace(_program(exported, model, paths), literals=literals)
+    program = replace(adopted(exported, model, paths), literals=literals)
     refuse_constants(program, named_state(model, "parameter"), root.attributes.assigned)
     return adopt_calls(program, made)
 
@@ -145,7 +121,7 @@ class Root(nn.Module):
     def __init__(self, model: Model) -> None:
         super().__init__()
         for name, module in modules_of(model).items():
-            self.add_module(name or _ROOT, module)
+            self.add_module(name or ROOT, module)
         self._called = (model,)  # in a tuple, so that it is not registered a second time
         self.attributes = Attributes(self)
 
@@ -216,126 +192,3 @@ def _export(
         raise
     except Exception as error:
         raise CaptureError(explain(error)) from error
-
-
-def _program(exported: ExportedProgram, model: Model, paths: list[str]) -> Program:
-    graph = fx.Graph()
-    results: Any = graph.graph_copy(exported.graph, {})
-    _mark_sources(graph)
-    aliases = aliases_of(model)
-    inputs = _inputs(graph, exported, iter(paths), aliases)
-    nodes, slots, leaves = _outputs(results, exported, inputs, aliases)
-    graph.output(tuple(nodes))
-    _rename(graph, {node: identifier(_qualified(slot.name)) for slot, node in inputs.items()})
-    adopt(graph, exported.graph_module, _tidy_inner)
-    return Program(
-        graph,
-        tuple(inputs),
-        tuple(slots),
-        OutSpec(exported.call_spec.out_spec, tuple(leaves)),
-        getattr(model, "__qualname__", type(model).__name__),
-        {s.name: exported.constants[s.name] for s in inputs if s.kind == "constant"},
-        aliases,
-    )
-
-
-def _tidy_inner(graph: fx.Graph, names: list[str]) -> None:
-    """Names and sources in a program that a higher-order op calls."""
-    _mark_sources(graph)
-    inputs = [node for node in graph.nodes if node.op == "placeholder"]
-    _rename(graph, dict(zip(inputs, names, strict=True)))
-
-
-def _rename(graph: fx.Graph, inputs: Mapping[fx.Node, str]) -> None:
-    """Inputs get the names given, ops that of the op, items of a result `<op>_out0`."""
-    names = dict(inputs)
-    calls = [node for node in graph.nodes if node.op == "call_function"]
-    rename(graph, names | {node: _tidy(node) for node in calls if node.target is not getitem})
-    items = {node: node.args for node in calls if node.target is getitem}
-    named = {node: node.name for node in graph.nodes if node not in items}
-    rename(graph, named | {n: f"{source.name}_out{i}" for n, (source, i) in items.items()})  # type: ignore
-
-
-def _tidy(node: fx.Node) -> str:
-    """The op's name without what only torch's internals need."""
-    name = op_name(node).removesuffix("_functional").removesuffix("_no_training")
-    name = name.removesuffix("_impl")
-    return name.removesuffix("_legit").removeprefix("native_")
-
-
-def _mark_sources(graph: fx.Graph) -> None:
-    for node in list(graph.nodes):
-        _mark_source(node)
-        if node.target is torch.ops.aten._assert_tensor_metadata.default:
-            graph.erase_node(node)  # what it asserts holds for every call of this program
-
-
-def _mark_source(node: fx.Node) -> None:
-    if isinstance(value(node), Sym):
-        return  # torch's own passes read sizes, not a line of the user's
-    if source := source_of(node):
-        node.meta["source"] = source
-    modules = list((node.meta.get("nn_module_stack") or {}).values())
-    node.meta["module"] = _qualified(modules[-1][0]) if modules else ""
-
-
-def _qualified(target: str) -> str:
-    """Takes the name that Root gave the whole model off a qualified name."""
-    return target.removeprefix(f"{_ROOT}.") if target != _ROOT else ""
-
-
-def _inputs(
-    graph: fx.Graph, exported: ExportedProgram, names: Iterator[str], aliases: dict[str, str]
-) -> dict[Slot, fx.Node]:
-    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
-    inputs: dict[Slot, fx.Node] = {}
-    for node, spec in zip(placeholders, exported.graph_signature.input_specs, strict=True):
-        slot = _input_slot(spec, names, aliases)
-        if not isinstance(spec.arg, ConstantArgument) and slot not in inputs:
-            inputs[slot] = node
-            continue
-        constant = getattr(spec.arg, "value", None)
-        node.replace_all_uses_with(inputs.get(slot, constant))
-        graph.erase_node(node)
-    return inputs
-
-
-def _input_slot(spec: InputSpec, names: Iterator[str], aliases: dict[str, str]) -> Slot:
-    if spec.kind not in _INPUT_KINDS:
-        raise CaptureError(f"inputs of kind {spec.kind.name} are not supported: {spec}")
-    kind = _INPUT_KINDS[spec.kind]
-    if kind == "input":
-        return Slot(kind, next(names))
-    if kind == "constant":
-        return Slot(kind, spec.target or "")
-    name = _qualified(spec.target or "")
-    return Slot(kind, aliases.get(name, name))
-
-
-def _outputs(
-    results: Sequence[Any],
-    exported: ExportedProgram,
-    inputs: dict[Slot, fx.Node],
-    aliases: dict[str, str],
-) -> tuple[list[fx.Node], list[Slot], list[tuple[bool, Any]]]:
-    signature = exported.graph_signature
-    out_spec = exported.call_spec.out_spec
-    paths, _ = pytree.tree_flatten_with_path(
-        pytree.tree_unflatten(range(out_spec.num_leaves), out_spec)
-    )
-    out_names = iter([dotted("out", path) for path, _ in paths])
-    named = {node.name: slot.name for slot, node in inputs.items()}
-    nodes, slots, leaves = [], [], []
-    for result, spec in zip(results, signature.output_specs, strict=True):
-        if spec.kind not in _OUTPUT_KINDS:
-            raise CaptureError(f"outputs of kind {spec.kind.name} are not supported: {spec}")
-        kind = _OUTPUT_KINDS[spec.kind]
-        target = spec.target or ""
-        name = named[target] if kind == "input" else _qualified(target)
-        if kind == "output":
-            name = next(out_names)
-            leaves.append((True, name) if isinstance(result, fx.Node) else (False, result))
-        if isinstance(result, fx.Node):
-            nodes.append(result)
-            slots.append(Slot(kind, aliases.get(name, name)))
-    return nodes, slots, leaves

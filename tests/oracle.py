@@ -217,10 +217,11 @@ def relative(a: Tensor, b: Tensor) -> float:
     """
     if a.shape != b.shape or a.dtype != b.dtype:
         return math.inf
+    a, b = a.detach(), b.detach()
     finite = b.isfinite()
     if not torch.equal(a[~finite].nan_to_num(), b[~finite].nan_to_num()):
         return math.inf
-    a, b = (x.detach()[finite].to(torch.complex128) for x in (a, b))
+    a, b = (x[finite].to(torch.complex128) for x in (a, b))
     return float((a - b).abs().max() / b.abs().max().clamp_min(1e-30)) if a.numel() else 0.0
 
 
