@@ -116,6 +116,11 @@ class _Registered:
             try:
                 like = self.tensors.like(str(self.op))
                 made = transposed(self.pullback, like, str(self.op), instead)
+                if made.opaque:
+                    raise RuleError(
+                        f"the backward of {self.op} calls a torch.autograd.Function: second "
+                        f"derivatives would lack its part.\n  {instead}"
+                    )
                 _known[key] = made, self.places
             except FwdcompileError as error:
                 raise RuleError(str(error)) from error

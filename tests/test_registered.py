@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
+import custom_functions as zoo
 import pytest
 import torch
 from torch import Tensor
@@ -101,6 +102,8 @@ LIBRARY.impl("opaque_backward", lambda g, x: g * x.cos(), "CompositeExplicitAuto
 LIBRARY.define("outer(Tensor x) -> Tensor")
 LIBRARY.impl("outer", lambda x: OPS.cubed(x) * 2, "Autograd")
 LIBRARY.impl("outer", lambda x: x**3 * 2, "CompositeExplicitAutograd")
+LIBRARY.define("called(Tensor x) -> Tensor")
+LIBRARY.impl("called", torch.sin, "CompositeExplicitAutograd")
 LIBRARY.define("bare(Tensor x) -> Tensor")
 LIBRARY.impl("bare", torch.sin, "CompositeExplicitAutograd")
 OPS = torch.ops.registered
@@ -121,12 +124,13 @@ def registered() -> None:
     parts.register_autograd(parts_backward, setup_context=keep_first)
     signed.register_fake(lambda x: (torch.empty_like(x), torch.empty_like(x)))
     signed.register_autograd(signed_backward, setup_context=keep_signed)
-    for name in ("cubed", "clipped", "opaque", "outer", "bare"):
+    for name in ("cubed", "clipped", "opaque", "called", "outer", "bare"):
         torch.library.register_fake(f"registered::{name}", torch.empty_like)
     torch.library.register_fake("registered::opaque_backward", lambda g, x: torch.empty_like(x))
     backwards = {
         "cubed": lambda ctx, g: g * 3 * ctx.saved_tensors[0] ** 2,
         "clipped": lambda ctx, g: g.clamp(-1, 1) * ctx.saved_tensors[0].cos(),
+        "called": lambda ctx, g: g * zoo.RoundThrough.apply(*ctx.saved_tensors),
         "opaque": lambda ctx, g: OPS.opaque_backward(g, *ctx.saved_tensors),
     }
     for name, backward in backwards.items():
@@ -238,6 +242,7 @@ def test_training_goes_through_an_op() -> None:
 
 REFUSED = {
     "clipped": r"registered\.clipped\.default is not linear.*fwdcompile\.rule\.jvp",
+    "called": r"calls a torch\.autograd\.Function.*fwdcompile\.rule\.jvp",
     "opaque": r"calls registered\.opaque_backward\.default.*fwdcompile\.rule\.jvp",
 }
 
