@@ -32,6 +32,7 @@ from .hazards import (
     refuse_scripts,
     user_source_lines,
 )
+from .literals import known_literals
 from .parts import (
     Model,
     input_leaves,
@@ -182,6 +183,7 @@ def _export(
             stack.enter_context(known_shapes())
             stack.enter_context(kept_random_ops())
             stack.enter_context(assignments_seen())
+            stack.enter_context(known_literals())
             shapes = open_first(args, kwargs) if dynamic else None
             with preserve_node_meta():  # the source lines in the branches of a torch.cond
                 exported = recorded(root, args, kwargs, shapes)

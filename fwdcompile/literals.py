@@ -1,0 +1,55 @@
+"""Literals: a model may decide by tensors that it makes of numbers, as their values are known.
+
+Torch knows the value of a tensor of one number while it captures, and of what is computed from
+such tensors alone. Here it knows those of more, so that the times of an ODE solver, the levels of a
+noise schedule or the offsets of a window can be compared, looped over and counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+from torch._ops import OpOverload
+from torch._subclasses import FakeTensor, FakeTensorMode, fake_tensor
+from torch.fx.experimental import proxy_tensor
+from torch.utils._python_dispatch import _disable_current_modes
+
+aten = torch.ops.aten
+
+LARGEST = 4096  # numbers in a tensor
+_MADE = (
+    aten.arange.default, aten.arange.start, aten.arange.start_step, aten.linspace.default,
+    aten.eye.default, aten.eye.m, aten.full.default, aten.ones.default, aten.zeros.default,
+)  # fmt: skip
+
+
+@contextmanager
+def known_literals() -> Iterator[None]:
+    """Gives values to small tensors that are made of numbers, as long as a model is captured."""
+    dispatch = FakeTensorMode.dispatch
+
+    def valued(
+        mode: FakeTensorMode, op: OpOverload, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        out = dispatch(mode, op, types, args, kwargs)  # type: ignore[no-untyped-call]
+        if op in _MADE and isinstance(out, FakeTensor) and _is_small(out):
+            with _disable_current_modes():
+                out.constant = op(*args, **(kwargs or {}))
+            mode.fake_tensor_converter.add_constant_storage_mapping(out)
+        return out
+
+    with ExitStack() as stack:
+        for module in (fake_tensor, proxy_tensor):
+            stack.enter_context(mock.patch.object(module, "CONSTANT_NUMEL_LIMIT", LARGEST))
+        stack.enter_context(mock.patch.object(FakeTensorMode, "dispatch", valued))
+        yield
+
+
+def _is_small(x: FakeTensor) -> bool:
+    count = x.numel()
+    there = x.device.type == "cpu" or (x.is_cuda and torch.cuda.is_available())
+    return there and isinstance(count, int) and count <= LARGEST
