@@ -206,6 +206,9 @@ def asking_for_gradients(tensors: Sequence[Tensor]) -> Iterator[None]:
     """In grad mode, with tensors that require gradients: for models that ask whether they do."""
     with ExitStack() as stack:
         stack.enter_context(torch.enable_grad())
+        if torch._C._autograd._top_saved_tensors_default_hooks(True):  # the user's are not for this
+            same = (lambda x: x, lambda x: x)
+            stack.enter_context(torch.autograd.graph.saved_tensors_hooks(*same))
         for x in tensors:
             if not x.requires_grad:
                 stack.callback(x.requires_grad_, False)
