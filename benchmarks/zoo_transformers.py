@@ -61,18 +61,16 @@ FURTHER: dict[str, dict[str, Any]] = {
 # No small model comes from these sizes: others are tied to them, or float64 is not taken. That of
 # hrm_text calls torch.no_grad, where reverse mode stops and forward mode does not.
 LEFT_OUT = (
-    "blt", "cohere_compass_text", "dbrx", "dots1", "dots3_note", "dots3_note_text", "esm",
-    "esmc", "falcon_h1", "fsmt", "gemma3n", "gemma3n_text", "gemma4", "gemma4_assistant",
-    "gemma4_text", "gemma4_unified", "gemma4_unified_assistant", "gemma4_unified_text",
-    "hrm_text", "inkling2_loop_text", "inkling2_text", "lfm2_moe", "luke", "mra", "musicgen",
-    "musicgen_melody", "nemo_speechlm", "neomme", "perceiver", "prophetnet", "qwen4_exp",
-    "qwen4_exp_text", "reformer", "t5gemma", "vibevoice_asr", "voxtral_realtime", "xglm",
-    "xlstm", "zamba2",
+    "blt", "cohere_compass_text", "dbrx", "dots1", "dots3_note", "dots3_note_text", "falcon_h1",
+    "fsmt", "gemma3n", "gemma3n_text", "gemma4", "gemma4_assistant", "gemma4_text",
+    "gemma4_unified", "gemma4_unified_assistant", "gemma4_unified_text", "hrm_text",
+    "inkling2_loop_text", "inkling2_text", "lfm2_moe", "musicgen", "musicgen_melody",
+    "nemo_speechlm", "prophetnet", "qwen4_exp", "qwen4_exp_text", "reformer", "t5gemma",
+    "vibevoice_asr", "voxtral_realtime", "xglm", "xlstm", "zamba2",
 )  # fmt: skip
 
 TASKS: dict[str, Mapping[str, Any]] = {
     "causal": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    "masked": modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
     "to": modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
 }
 

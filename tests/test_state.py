@@ -219,6 +219,17 @@ def test_inputs_with_a_tangent_may_be_written_to() -> None:
     torch.testing.assert_close((y, y_dot), ((X + 1) ** 2, 2 * (X + 1) * X.cos()))
 
 
+def test_views_that_autograd_lets_no_one_write_to_may_be_written_to() -> None:
+    def model(x: Tensor) -> Tensor:
+        x = x * 2
+        first, _ = x.unbind(0)
+        first.mul_(3)
+        return x.sin()
+
+    found = fwdcompile.jvp(model, (X,), (X.cos(),))
+    torch.testing.assert_close(found, torch.func.jvp(model, (X,), (X.cos(),)))
+
+
 @pytest.mark.parametrize("draw", [random.random, lambda: float(np.random.rand())])
 def test_random_numbers_of_python_are_refused(draw: Callable[[], float]) -> None:
     with pytest.raises(fwdcompile.CaptureError, match="Draw them with torch"):
