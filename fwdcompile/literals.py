@@ -13,10 +13,12 @@ from typing import Any
 from unittest import mock
 
 import torch
+from torch import SymBool, SymFloat, SymInt
 from torch._ops import OpOverload
 from torch._subclasses import FakeTensor, FakeTensorMode, fake_tensor
 from torch.fx.experimental import proxy_tensor
 from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_leaves
 
 aten = torch.ops.aten
 
@@ -36,7 +38,7 @@ def known_literals() -> Iterator[None]:
         mode: FakeTensorMode, op: OpOverload, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         out = dispatch(mode, op, types, args, kwargs)  # type: ignore[no-untyped-call]
-        if op in _MADE and isinstance(out, FakeTensor) and _is_small(out):
+        if op in _MADE and isinstance(out, FakeTensor) and _is_small(out, args):
             with _disable_current_modes():
                 out.constant = op(*args, **(kwargs or {}))
             mode.fake_tensor_converter.add_constant_storage_mapping(out)
@@ -49,7 +51,7 @@ def known_literals() -> Iterator[None]:
         yield
 
 
-def _is_small(x: FakeTensor) -> bool:
-    count = x.numel()
+def _is_small(x: FakeTensor, numbers: Any) -> bool:
     there = x.device.type == "cpu" or (x.is_cuda and torch.cuda.is_available())
-    return there and isinstance(count, int) and count <= LARGEST
+    known = not any(isinstance(n, SymInt | SymFloat | SymBool) for n in tree_leaves(numbers))
+    return there and known and isinstance(x.numel(), int) and x.numel() <= LARGEST
