@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import SymInt, Tensor, fx
 
 from . import rule
 from .costs import Product, best_form
@@ -76,10 +76,12 @@ def _mates(graph: fx.Graph) -> list[list[fx.Node]]:
     order = {node: i for i, node in enumerate(graph.nodes)}
     mates: dict[Any, list[fx.Node]] = {}
     for node in graph.nodes:
-        if node.target in _OPS.values() and not value(node)._has_symbolic_sizes_strides:
+        if node.target not in _OPS.values():
+            continue
+        bound = bind_call(node.target, node.args, node.kwargs)
+        shape = value(bound["input"]).shape
+        if not any(isinstance(n, SymInt) for n in (*shape, *value(node).shape)):
             primal = node.name if node.meta.get("role") == "primal" else node.meta.get("of")
-            bound = bind_call(node.target, node.args, node.kwargs)
-            shape = value(bound["input"]).shape
             key = node.target, primal, bound["weight"], shape, _options(bound)
             mates.setdefault(key, []).append(node)
     return [
