@@ -60,10 +60,24 @@ def values_of_an_input(x: Tensor) -> Tensor:
     return x if bool(scale.max() > 1) else -x
 
 
+def values_in_a_view(x: Tensor) -> Tensor:
+    scale = torch.zeros(2, 3, dtype=x.dtype)
+    part = scale[1:].view(-1)
+    part += x[1]
+    return x if bool(scale.max() > 1) else -x
+
+
 TABLE = torch.arange(3.0)
+CHANGING: list[Callable[[Tensor], Tensor]] = [
+    values_of_an_input,
+    values_in_a_view,
+    lambda x: x if TABLE.sum() > 1 else -x,
+    lambda x: x if torch.bernoulli(torch.full((3,), 0.5)).sum() > 1 else -x,
+    lambda x: x if torch.zeros(3).normal_().sum() > 1 else -x,
+]
 
 
-@pytest.mark.parametrize("model", [values_of_an_input, lambda x: x if TABLE.sum() > 1 else -x])
+@pytest.mark.parametrize("model", CHANGING)
 def test_decisions_by_what_can_change_are_refused(model: Callable[[Tensor], Tensor]) -> None:
     with pytest.raises(fwdcompile.CaptureError, match="decides in Python"):
         fwdcompile.jvp(model, (X,), (X,))
