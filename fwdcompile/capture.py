@@ -39,7 +39,7 @@ from .parts import (
     named_state,
     register_dataclasses,
 )
-from .program import Program
+from .program import Program, is_differentiable
 from .reverse import recorded
 from .sizes import open_first, thaw
 from .state import (
@@ -155,7 +155,8 @@ def _distinct(
 
     named = [(name, fresh(x)) for name, x in input_leaves(model, args, kwargs)]
     _, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
-    moving = [x for name, x in (*state.items(), *named) if name in active and x.is_leaf]
+    wanted = [x for name, x in (*state.items(), *named) if name in active]
+    moving = [x for x in wanted if is_differentiable(x) and x.is_leaf]
     return pytree.tree_unflatten([x for _, x in named], spec), moving
 
 
