@@ -14,6 +14,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import re
 import sys
 import time
 import warnings
@@ -78,7 +79,8 @@ def measured(name: str) -> dict[str, dict[str, Any]]:
         try:
             result[mode] = measure(name, mode == "train")
         except Exception as error:
-            result[mode] = {"failed": f"{type(error).__name__}: {error}".splitlines()[0]}
+            text = re.sub(r"\S*site-packages/", "", f"{type(error).__name__}: {error}")
+            result[mode] = {"failed": text.splitlines()[0]}
     return result
 
 
