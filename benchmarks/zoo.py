@@ -101,7 +101,8 @@ def page(result: dict[str, Any]) -> str:
         lines += ["", f"## {family.capitalize()}: {right} of {len(names)}", ""]
         lines += [HEAD, "|---" * 8 + "|", *(_row(name, e) for name, e in found.items())]
     left = ", ".join(zoo_transformers.LEFT_OUT)
-    lines += ["", f"Left out, as their sizes depend on each other or they take no float64: {left}."]
+    why = "their sizes depend on each other, or they take no float64, or stop at torch.no_grad"
+    lines += ["", f"Left out, as {why}: {left}."]
     machine = result["environment"]
     return "\n".join([*lines, "", f"torch {machine['torch']}, {machine['device']}.", ""])
 
