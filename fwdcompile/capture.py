@@ -47,7 +47,6 @@ from .state import (
     asking_for_gradients,
     assignments_seen,
     refuse_constants,
-    restored,
 )
 
 _GRAD_OF_NON_LEAF = "The .grad attribute of a Tensor that is not a leaf"  # which dynamo reads
@@ -102,12 +101,14 @@ def _captured(
 ) -> Program:
     root = Root(model)
     refuse_scripts(root, model)
-    inputs, moving = _distinct(model, args, kwargs, active)
+    named = input_leaves(model, args, kwargs)
+    leaves, moving = _distinct(model, named, active)
+    spec = pytree.tree_structure((tuple(args), dict(kwargs)))
+    inputs: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_unflatten(leaves, spec)
     asking = asking_for_gradients(moving) if active else nullcontext()
-    with restored(root), asking, kept_derivatives() as made:
+    with root.attributes.restored(), asking, kept_derivatives() as made:
         exported, literals = _export(root, *inputs, dynamic)
-    paths = [path for path, _ in input_leaves(model, args, kwargs)]
-    program = replace(adopted(exported, model, paths), literals=literals)
+    program = replace(adopted(exported, model, [name for name, _ in named]), literals=literals)
     refuse_constants(program, named_state(model, "parameter"), root.attributes.assigned)
     return adopt_calls(program, made)
 
@@ -135,12 +136,12 @@ class Root(nn.Module):
 
 
 def _distinct(
-    model: Model, args: Sequence[Any], kwargs: Mapping[str, Any], active: Collection[str]
-) -> tuple[tuple[Any, Any], list[Tensor]]:
-    """The inputs with every tensor an object of its own, and the tensors with a name in `active`.
+    model: Model, named: Sequence[tuple[str, Any]], active: Collection[str]
+) -> tuple[list[Any], list[Tensor]]:
+    """The leaves of the inputs with every tensor an object of its own; those that are `active`.
 
     Export takes equal objects for one, heeds the sizes that a tensor says are open, and leaves such
-    marks where it fails.
+    marks where it fails. Parameters and buffers may be active as well.
     """
     state = named_state(model, "parameter") | named_state(model, "buffer")
     seen = {id(x) for x in state.values()}
@@ -153,11 +154,10 @@ def _distinct(
         seen.add(id(x))
         return x.detach().requires_grad_(x.requires_grad)
 
-    named = [(name, fresh(x)) for name, x in input_leaves(model, args, kwargs)]
-    _, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
-    wanted = [x for name, x in (*state.items(), *named) if name in active]
+    leaves = [(name, fresh(x)) for name, x in named]
+    wanted = [x for name, x in (*state.items(), *leaves) if name in active]
     moving = [x for x in wanted if is_differentiable(x) and x.is_leaf]
-    return pytree.tree_unflatten([x for _, x in named], spec), moving
+    return [x for _, x in leaves], moving
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from .errors import CaptureError
 from .hazards import here, is_user_file
 from .program import Program
 
+_STANDARD = ("_parameters", "_buffers", "_modules")
 _DATA: Any = torch._C.TensorBase.data
 
 
@@ -28,16 +29,17 @@ class Attributes:
     """
 
     def __init__(self, root: nn.Module) -> None:
-        self.root = (root,)  # in a tuple, so that the root does not contain itself
         self.assigned: dict[str, Tensor] = {}
+        self._modules = list(root.modules())
+        self._containers = _containers(self._modules)
         homes = {
             id(x): (module, name)
-            for module in root.modules()
+            for module in self._modules
             for home in (module._parameters, module._buffers)
             for name, x in home.items()
         }
         self._listed: list[tuple[Any, Any, nn.Module, str]] = []
-        for container in _containers(root):
+        for container in self._containers:
             items = container.items() if isinstance(container, dict) else enumerate(container)
             for key, x in items:
                 if isinstance(x, Tensor) and id(x) in homes:
@@ -46,9 +48,8 @@ class Attributes:
     @contextmanager
     def watched(self) -> Iterator[None]:
         """Lets lists and dicts hold what the attributes are now; makes assignments writes."""
-        modules = list(self.root[0].modules())
-        buffers = [(module, dict(module._buffers)) for module in modules]
-        others = [(module, dict(vars(module))) for module in modules]
+        buffers = [(module, dict(module._buffers)) for module in self._modules]
+        others = [(module, dict(vars(module))) for module in self._modules]
         before = [container[key] for container, key, *_ in self._listed]
         for container, key, module, name in self._listed:
             container[key] = getattr(module, name)
@@ -62,6 +63,21 @@ class Attributes:
             for name, thing in attributes.items():
                 if isinstance(thing, Tensor) and vars(module).get(name) is not thing:
                     self.assigned[name] = thing
+
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        """Leaves the attributes of all modules, and the lists and dicts in them, as they were."""
+        attributes = [(module, dict(vars(module))) for module in self._modules]
+        standard = (vars(module)[part] for module in self._modules for part in _STANDARD)
+        contents = [(one, one.copy()) for one in (*self._containers, *standard)]
+        try:
+            yield
+        finally:
+            for container, content in contents:
+                _refill(container, content)
+            for module, found in attributes:
+                vars(module).clear()
+                vars(module).update(found)
 
 
 def _write_back(module: nn.Module, name: str, old: Tensor | None) -> None:
@@ -126,24 +142,7 @@ def _geometry(x: Tensor) -> Any:
     return x.storage_offset(), x.shape, x.stride(), x.dtype
 
 
-@contextmanager
-def restored(root: nn.Module) -> Iterator[None]:
-    """Leaves the attributes of all modules, and the lists and dicts in them, as they were."""
-    modules = list(root.modules())
-    attributes = [(module, dict(vars(module))) for module in modules]
-    standard = (getattr(m, part) for m in modules for part in ("_parameters", "_buffers"))
-    contents = [(one, one.copy()) for one in (*_containers(root), *standard)]
-    try:
-        yield
-    finally:
-        for container, content in contents:
-            _refill(container, content)
-        for module, found in attributes:
-            vars(module).clear()
-            vars(module).update(found)
-
-
-def _containers(root: nn.Module) -> list[Any]:
+def _containers(modules: Iterable[nn.Module]) -> list[Any]:
     """The lists and dicts among the attributes of all modules, those within others included."""
     found: dict[int, Any] = {}
 
@@ -155,9 +154,8 @@ def _containers(root: nn.Module) -> list[Any]:
             elif type(thing) is tuple:
                 look(thing)
 
-    for module in root.modules():
-        own = vars(module).items()
-        look(x for name, x in own if name not in ("_parameters", "_buffers", "_modules"))
+    for module in modules:
+        look(x for name, x in vars(module).items() if name not in _STANDARD)
     return list(found.values())
 
 

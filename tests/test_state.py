@@ -145,6 +145,25 @@ def test_attributes_are_as_they_were_where_capture_fails() -> None:
     assert model.calls == 0
 
 
+class Making(nn.Module):
+    """Makes a part of itself in its first call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.part: nn.Module | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.part = nn.Tanh()
+        return x * self.part(x)
+
+
+def test_modules_made_in_forward_are_not_kept() -> None:
+    model = Making()
+    fwdcompile.transform(model)(X, tangents={"x": X})
+    assert not list(model.children())
+    assert model.part is None
+
+
 class Stateful(nn.Module):
     """Keeps what it has seen in an attribute that is no buffer."""
 
