@@ -55,7 +55,7 @@ def build(name: str) -> tuple[nn.Module, tuple[Any, ...]]:
     """A model with random weights, and its inputs, in float32."""
     if name in PARTS:
         return PARTS[name]()
-    if " " in name and name in zoo_transformers.names():
+    if name in zoo_transformers.names():
         return zoo_transformers.build(name)
     models = import_torchvision().models
     torch.manual_seed(0)

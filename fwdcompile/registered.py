@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -194,7 +193,4 @@ def _term(call: _Registered, names: tuple[str, ...]) -> Callable[..., Any]:
 
 def _where(backward: Callable[..., Any]) -> str:
     code = getattr(inspect.unwrap(backward), "__code__", None)
-    if code is None:
-        return repr(backward)
-    path = Path(code.co_filename)
-    return f"{path.parent.name}/{path.name}:{code.co_firstlineno}"
+    return rule.place_in(code, code.co_firstlineno) if code else repr(backward)

@@ -23,6 +23,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import CodeType
 from typing import Any
 
 from torch import fx
@@ -211,7 +212,10 @@ def _caller() -> str:
     frame = inspect.currentframe()
     while frame is not None and frame.f_code.co_filename == __file__:
         frame = frame.f_back
-    if frame is None:
-        return "?"
-    path = Path(frame.f_code.co_filename)
-    return f"{path.parent.name}/{path.name}:{frame.f_lineno}"
+    return "?" if frame is None else place_in(frame.f_code, frame.f_lineno)
+
+
+def place_in(code: CodeType, line: int) -> str:
+    """`file:line`, as rows name where they are."""
+    path = Path(code.co_filename)
+    return f"{path.parent.name}/{path.name}:{line}"
