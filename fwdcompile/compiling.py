@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx
-from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
-aten = torch.ops.aten
+from .inductor import StepPasses
+
 _ON_TENSORS = functools.partial(torch.compiler.keep_tensor_guards_unsafe, keep_parameters=True)
 
 
@@ -27,35 +27,9 @@ def compiled_step(
     """
     options = torch._inductor.list_mode_options(mode) | {"guard_filter_fn": _ON_TENSORS}
     options["triton.cudagraphs"] = False
-    options["post_grad_custom_pre_pass"] = AddendsOnTheWay()
+    options["post_grad_custom_pre_pass"] = StepPasses()
     fresh = with_own_code(function)
     return torch.compile(fresh, fullgraph=True, dynamic=dynamic, options=options)
-
-
-class AddendsOnTheWay(CustomGraphPass):  # type: ignore[misc]
-    """Keeps what is computed element by element out of addmm, which wants its addend in memory.
-
-    Before: `mm(x, w) + u * v`, of which Inductor makes an addmm for the CPU. After:
-    `mm(x, w) - -(u * v)`, which it leaves to the kernel that reads the sum.
-    """
-
-    def __call__(self, graph: fx.Graph) -> None:
-        """Rewrites the graph in place."""
-        for node in graph.find_nodes(op="call_function", target=aten.add.Tensor):
-            terms = {getattr(arg, "target", None): arg for arg in node.args}
-            if terms.keys() != {aten.mm.default, aten.mul.Tensor} or node.kwargs:
-                continue
-            product, addend = terms[aten.mm.default], terms[aten.mul.Tensor]
-            # what is added to floats as bytes or bools has no negative of its own
-            if addend.meta["val"].dtype == product.meta["val"].dtype:
-                with graph.inserting_before(node):
-                    negative = graph.call_function(aten.neg.default, (addend,))
-                negative.meta = dict(addend.meta)
-                node.target, node.args = aten.sub.Tensor, (product, negative)
-
-    def uuid(self) -> bytes:
-        """What the cache of compiled code knows it by."""
-        return bytes(get_hash_for_files((__file__,)))
 
 
 class Replayed:

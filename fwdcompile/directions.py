@@ -53,6 +53,7 @@ class Directions(ABC):
 
     rank_one: bool = False
     per_word: ClassVar[int]
+    words_dim: ClassVar[int]
 
     def draw(self, shape: Sequence[int], *, key: Tensor, dtype: torch.dtype) -> Tensor | RankOne:
         """Draws the direction of one parameter.
@@ -70,28 +71,27 @@ class Directions(ABC):
             >>> key = stream_keys(torch.tensor(0), torch.tensor(0))[0, 0]
             >>> Normal().draw((3, 2), key=key, dtype=torch.float32)
         """
-        return self.of_words(_words(key, self.words(shape)), shape, dtype)
+        numbers = self.numbers(_words(key, self.words(shape)), dtype).flatten()
+        return self.of_numbers(stored(numbers) if self._outer(shape) else numbers, shape)
 
     def words(self, shape: Sequence[int]) -> int:
         """How many hashed words the direction of a shape takes."""
         return -(-sum(map(math.prod, self._parts(shape))) // self.per_word)
 
-    def of_words(self, words: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor | RankOne:
-        """What `draw` makes of its words."""
+    def of_numbers(self, numbers: Tensor, shape: Sequence[int]) -> Tensor | RankOne:
+        """What `draw` makes of the numbers of its words, the last of which may be left over."""
         parts = self._parts(shape)
         sizes = [math.prod(part) for part in parts]
-        numbers = self.numbers(words, dtype)[: sum(sizes)]
-        if len(parts) == 1:
-            return numbers.view(parts[0])
-        u, v = (
-            x.view(part) for x, part in zip(torch.split(stored(numbers), sizes), parts, strict=True)
-        )
-        return RankOne(u, v)
+        split = torch.split(numbers[: sum(sizes)], sizes)
+        u, *rest = (x.view(part) for x, part in zip(split, parts, strict=True))
+        return RankOne(u, *rest) if rest else u
 
     def _parts(self, shape: Sequence[int]) -> list[tuple[int, ...]]:
         """The shapes of the factors, or the shape alone."""
-        outer = self.rank_one and len(shape) > 1
-        return [tuple(shape[:1]), tuple(shape[1:])] if outer else [tuple(shape)]
+        return [tuple(shape[:1]), tuple(shape[1:])] if self._outer(shape) else [tuple(shape)]
+
+    def _outer(self, shape: Sequence[int]) -> bool:
+        return self.rank_one and len(shape) > 1
 
     def mixing(self, drawn: Sequence[Mapping[str, Tensor | RankOne]]) -> Tensor | None:
         """How the directions of a step are made of those that were drawn for it.
@@ -107,7 +107,10 @@ class Directions(ABC):
 
     @abstractmethod
     def numbers(self, words: Tensor, dtype: torch.dtype) -> Tensor:
-        """Independent numbers of zero mean and unit variance, `per_word` of each word, `[n]`."""
+        """Independent numbers of zero mean and unit variance, `per_word` of each word.
+
+        Of n words `[per_word, n]` or `[n, per_word]`: dimension `words_dim` is theirs.
+        """
 
 
 @dataclass(frozen=True)
@@ -115,13 +118,14 @@ class Normal(Directions):
     """Standard normal components, the paper's choice (section 3.4)."""
 
     per_word: ClassVar[int] = 2
+    words_dim: ClassVar[int] = 1
 
     def numbers(self, words: Tensor, dtype: torch.dtype) -> Tensor:
         """Box and Muller's transform: two words, one made of the other, give a pair of normals."""
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         radius = torch.sqrt(-2 * torch.log(_uniform(words, wide)))
         angle = _mix(words ^ _signed(0x5BF03635)).to(wide) * (2 * math.pi / _WORD)
-        return torch.cat([radius * torch.cos(angle), radius * torch.sin(angle)]).to(dtype)
+        return torch.stack([radius * torch.cos(angle), radius * torch.sin(angle)]).to(dtype)
 
 
 @dataclass(frozen=True)
@@ -173,12 +177,12 @@ class Rademacher(Directions):
     """
 
     per_word: ClassVar[int] = 32
+    words_dim: ClassVar[int] = 0
 
     def numbers(self, words: Tensor, dtype: torch.dtype) -> Tensor:
         """Each word gives the signs of 32 neighbours: the hash costs more than the shift."""
         bits = torch.arange(32, dtype=torch.int32, device=words.device)
-        signs = ((words[:, None] << bits) >> 31) | 1
-        return signs.view(-1).to(dtype)
+        return (((words[:, None] << bits) >> 31) | 1).to(dtype)
 
 
 def dense_tensor(direction: Tensor | RankOne) -> Tensor:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from .directions import Directions, RankOne, hashed, stream_keys
+from .directions import Directions, RankOne, hashed, stored, stream_keys
 from .lowered import Lowered
 from .program import value
 
 Drawn = dict[str, Tensor | RankOne]
 # so many words are little to keep, and a hash of its own for each tensor much to compile
-SMALL = 2**14
+SMALL = 2**11
 
 
 @dataclass
@@ -68,27 +69,26 @@ class Draw:
         dense = replace(directions, rank_one=False)
         self._sources = {name: directions if k.outer else dense for name, k in kinds.items()}
         sizes = {name: self._sources[name].words(kind.shape) for name, kind in kinds.items()}
-        small = {number: sizes[name] for number, _, name in self._each() if sizes[name] <= SMALL}
-        numbers = torch.tensor([*small], dtype=torch.int32)
-        counts = torch.tensor([*small.values()], dtype=torch.int64)
-        starts = counts.cumsum(0) - counts
-        places = torch.arange(int(counts.sum())) - starts.repeat_interleave(counts)
-        self._small = small
-        # of each word that is hashed with others: the number of its key, its own under that key
-        self._keys = numbers.repeat_interleave(counts).to(device)
-        self._places = places.to(device, torch.int32)
+        small: dict[torch.dtype, dict[int, int]] = {}
+        for number, _, name in self._each():
+            if sizes[name] <= SMALL:
+                small.setdefault(kinds[name].dtype, {})[number] = sizes[name]
+        self._together = [Together(dense, dtype, words, device) for dtype, words in small.items()]
 
     def __call__(self, seed: Tensor, step: Tensor) -> list[Drawn]:
         """For each sample, the directions of all that has one, by name."""
         keys = stream_keys(seed, step, self._samples, len(self.kinds), self._first).flatten(0, 1)
-        words = self._together(keys)
+        numbers: dict[int, Tensor] = {}
+        for together in self._together:
+            numbers |= together(keys)
+        own = torch.split(keys.flatten(), 2)
         drawn: list[Drawn] = [{} for _ in range(self._samples)]
         for number, sample, name in self._each():
             kind, source = self.kinds[name], self._sources[name]
             drawn[sample][name] = (
-                source.of_words(words[number], kind.shape, kind.dtype)
-                if number in words
-                else source.draw(kind.shape, key=keys[number], dtype=kind.dtype)
+                source.of_numbers(numbers[number], kind.shape)
+                if number in numbers
+                else source.draw(kind.shape, key=own[number], dtype=kind.dtype)
             )
         return drawn
 
@@ -98,10 +98,46 @@ class Draw:
             for sample in kind.samples:
                 yield sample * len(self.kinds) + row, sample, name
 
-    def _together(self, keys: Tensor) -> dict[int, Tensor]:
-        """The words of all that is small, hashed in one loop."""
-        if not self._small:
-            return {}
+
+class Together:
+    """The numbers of all that is small and of one dtype, made in one loop.
+
+    Args:
+        directions: where they come from.
+        dtype: of the numbers.
+        words: how many words each takes, by the number of its key.
+        device: of the keys.
+    """
+
+    def __init__(
+        self,
+        directions: Directions,
+        dtype: torch.dtype,
+        words: dict[int, int],
+        device: torch.device,
+    ) -> None:
+        self._directions, self._dtype, self._words = directions, dtype, words
+        counts = torch.tensor([*words.values()], dtype=torch.int64)
+        starts = counts.cumsum(0) - counts
+        places = torch.arange(int(counts.sum())) - starts.repeat_interleave(counts)
+        # of each word: the number of its key, its own under that key
+        self._keys = torch.tensor([*words], dtype=torch.int32).repeat_interleave(counts).to(device)
+        self._places = places.to(device, torch.int32)
+        self._order = self._ordered(len(places)).to(device)
+
+    def __call__(self, keys: Tensor) -> dict[int, Tensor]:
+        """The numbers by the number of their key, some left over at their ends."""
         first, second = keys.index_select(0, self._keys).unbind(1)
-        words = torch.split(hashed(self._places, first, second), [*self._small.values()])
-        return dict(zip(self._small, words, strict=True))
+        numbers = self._directions.numbers(hashed(self._places, first, second), self._dtype)
+        if self._directions.words_dim:
+            numbers = stored(numbers).flatten().index_select(0, self._order)
+        sizes = [count * self._directions.per_word for count in self._words.values()]
+        parts = torch.split(stored(numbers.flatten()), sizes)
+        return dict(zip(self._words, parts, strict=True))
+
+    def _ordered(self, count: int) -> Tensor:
+        """Where in the numbers of all words those of one tensor are, for one after the other."""
+        shape, dim = [count, self._directions.per_word], self._directions.words_dim
+        places = torch.arange(math.prod(shape)).view(shape[::-1] if dim else shape)
+        parts = torch.split(places, [*self._words.values()], dim)
+        return torch.cat([part.flatten() for part in parts])

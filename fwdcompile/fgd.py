@@ -81,13 +81,13 @@ class FGD(Stepper):
             model, loss_fn, chosen, samples, seed, compile, mode, nonfinite, dynamic, clip
         )
         self._store_directions = store_directions
-        self._lr = torch.tensor(lr, dtype=torch.float64, device=self._seed.device)
-        self._decay = torch.tensor(decay, dtype=torch.float64, device=self._seed.device)
+        # not two tensors of no dimensions: dynamo traces twice what reads such float64 on the CPU
+        self._rates = torch.tensor([lr, decay], dtype=torch.float64, device=self._seed.device)
 
     @property
     def lr(self) -> float:
         """Learning rate of the next step, lr exp(-decay i)."""
-        return float(self._lr * torch.exp(-self._decay * self.iteration))
+        return float(_decayed(self._rates, self.iteration))
 
     def step(self, *inputs: Any, **kwargs: Any) -> Tensor:
         """One iteration: changes the parameters in place.
@@ -136,22 +136,22 @@ class FGD(Stepper):
         lowered = self._forward.lower(*inputs, **self._asked(), **kwargs)
         self._check(lowered)
         values, _ = call_values(self.objective, inputs, kwargs)
-        own = {"seed": self._seed, "step": self._step, "lr": self._lr.new_tensor(self.lr)}
+        own = {"seed": self._seed, "step": self._step, "lr": self._rates.new_tensor(self.lr)}
         with without_casts():
             return export(path, lowered, self._update(lowered, store=True), values, own, to)
 
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed run needs beside the model: iteration, seed, learning rate, decay."""
-        return super().state_dict() | {"lr": float(self._lr), "decay": float(self._decay)}
+        lr, decay = self._rates.tolist()
+        return super().state_dict() | {"lr": lr, "decay": decay}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continues where `state_dict` was taken."""
         super().load_state_dict(state)
-        self._lr.fill_(state["lr"])
-        self._decay.fill_(state["decay"])
+        self._rates.copy_(torch.tensor([state["lr"], state["decay"]], dtype=torch.float64))
 
     def _numbers(self) -> list[Tensor]:
-        return [*super()._numbers(), self._lr, self._decay]
+        return [*super()._numbers(), self._rates]
 
     def _launched(self, lowered: Lowered) -> Callable[..., Any]:
         run = super()._launched(lowered)
@@ -172,8 +172,8 @@ class FGD(Stepper):
     def _body(self, lowered: Lowered) -> Callable[..., Any]:
         update = self._update(lowered, self._store_directions)
 
-        def step(tensors: Any, seed: Tensor, count: Tensor, lr: Tensor, decay: Tensor) -> Any:
-            return update(tensors, seed, count, lr * torch.exp(-decay * count))
+        def step(tensors: Any, seed: Tensor, count: Tensor, rates: Tensor) -> Any:
+            return update(tensors, seed, count, _decayed(rates, count))
 
         return step
 
@@ -307,6 +307,12 @@ class ForwardGradient(Stepper):
             return loss, finite, gradients + [out for out, k in zip(outs, known, strict=True) if k]
 
         return gradient
+
+
+def _decayed(rates: Tensor, count: Tensor | int) -> Tensor:
+    """The learning rate after some iterations, of the first one and the decay, `[2]`."""
+    lr, decay = rates.unbind()
+    return lr * torch.exp(-decay * count)
 
 
 def _combined(

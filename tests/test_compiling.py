@@ -1,21 +1,19 @@
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from nets import Mlp
-from torch import Tensor, nn
+from torch import Tensor
 from torch._inductor import compile_fx
-from torch._inductor.utils import fresh_cache, run_and_get_code
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch._inductor.utils import fresh_cache
 from torch.nn.functional import cross_entropy
 from torch.utils import _pytree as pytree
 
 from fwdcompile import FGD, ForwardGradient, Normal, Rademacher
-from fwdcompile.compiling import AddendsOnTheWay, Replayed, replays, with_own_code
+from fwdcompile.compiling import Replayed, replays, with_own_code
 from fwdcompile.config import Config
 from fwdcompile.distributed import DistributedFGD
 from fwdcompile.methods import METHODS
@@ -170,36 +168,6 @@ def test_all_that_a_peer_writes_stays_in_place(monkeypatch: pytest.MonkeyPatch) 
     (known,) = seen
     written = {i for i, info in enumerate(known.input_info) if info.mutates_data}
     assert written and written <= set(known.static_input_indices)
-
-
-@pytest.mark.compiled
-def test_no_addend_of_a_product_is_written_out() -> None:
-    """A rank-one tangent's part of a product is computed where the sum is read."""
-    layers = [layer for _ in range(3) for layer in (nn.Linear(6, 6, bias=False), nn.ReLU())]
-    model, twin = nn.Sequential(*layers), nn.Sequential(*copy.deepcopy(layers))
-    settings: dict[str, Any] = {"lr": 0.1, "directions": Rademacher(rank_one=True)}
-    fgd = FGD(model, cross_entropy, **settings)
-    with fresh_cache():
-        loss, (code,) = run_and_get_code(fgd.step, X, Y)
-    assert code.count("extern_kernels.mm(") == 5 and "extern_kernels.addmm(" not in code
-    expected = FGD(twin, cross_entropy, compile=False, **settings).step(X, Y)
-    torch.testing.assert_close(loss, expected)
-    for mine, theirs in zip(model.parameters(), twin.parameters(), strict=True):
-        torch.testing.assert_close(mine, theirs)
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.uint8, torch.bool])
-def test_addends_of_any_dtype_are_added(dtype: torch.dtype) -> None:
-    def sums(x: Tensor, w: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-        return x @ w + u * u, u[:, :1] * u + x @ w
-
-    inputs = torch.randn(3, 4), torch.randn(4, 5), torch.randint(1, 9, (3, 5)).to(dtype)
-    graph = make_fx(sums)(*inputs)
-    before = graph.code
-    AddendsOnTheWay()(graph.graph)
-    graph.recompile()
-    assert (graph.code != before) == (dtype == torch.float32)
-    torch.testing.assert_close(graph(*inputs), sums(*inputs), rtol=0, atol=0)
 
 
 def test_a_code_object_of_its_own() -> None:

@@ -1,0 +1,67 @@
+"""Passes over the graph of a step that torch.compile has made and Inductor is about to lower."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+from torch._ops import OpOverload
+
+aten = torch.ops.aten
+# so few parts are in so few kernels that copies would not pay
+FEW = 8
+
+
+class StepPasses(CustomGraphPass):  # type: ignore[misc]
+    """All of them, in the form that Inductor takes."""
+
+    def __call__(self, graph: fx.Graph) -> None:
+        """Rewrites the graph in place."""
+        addends_on_the_way(graph)
+        parts_apart(graph)
+
+    def uuid(self) -> bytes:
+        """What the cache of compiled code knows them by."""
+        return bytes(get_hash_for_files((__file__,)))
+
+
+def addends_on_the_way(graph: fx.Graph) -> None:
+    """Keeps what is computed element by element out of addmm, which wants its addend in memory.
+
+    Before: `mm(x, w) + u * v`, of which Inductor makes an addmm for the CPU. After:
+    `mm(x, w) - -(u * v)`, which it leaves to the kernel that reads the sum.
+    """
+    for node in graph.find_nodes(op="call_function", target=aten.add.Tensor):
+        terms = {getattr(arg, "target", None): arg for arg in node.args}
+        if terms.keys() != {aten.mm.default, aten.mul.Tensor} or node.kwargs:
+            continue
+        product, addend = terms[aten.mm.default], terms[aten.mul.Tensor]
+        # what is added to floats as bytes or bools has no negative of its own
+        if addend.meta["val"].dtype == product.meta["val"].dtype:
+            with graph.inserting_before(node):
+                negative = graph.call_function(aten.neg.default, (addend,))
+            negative.meta = dict(addend.meta)
+            node.target, node.args = aten.sub.Tensor, (product, negative)
+
+
+def parts_apart(graph: fx.Graph) -> None:
+    """Gives the directions that a step draws together memory of their own, on the CPU.
+
+    Before: `split_with_sizes(numbers, ...)`, views that each kernel reads at a place of its own,
+    so that layers which are alike have kernels which are not. After:
+    `split_with_sizes_copy(numbers, ...)`: one kernel is compiled for all of them.
+    """
+    for node in graph.find_nodes(op="call_function", target=aten.split_with_sizes.default):
+        drawn, sizes = node.args[:2]
+        on_cpu = drawn.meta["val"].device.type == "cpu"
+        if on_cpu and drawn.target is aten.as_strided.default and len(sizes) > FEW:
+            node.target = _as_it_is(aten.split_with_sizes_copy.default)
+
+
+def _as_it_is(op: OpOverload) -> OpOverload:
+    """The op as a call: Inductor would want it decomposed, into the views again."""
+    from torch._inductor.lowering import lowerings, make_fallback
+
+    if op not in lowerings:
+        make_fallback(op, warn=False, override_decomp=True)
+    return op

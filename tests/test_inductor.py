@@ -1,0 +1,83 @@
+"""Passes keep meaning, and change what they are for."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._inductor.utils import fresh_cache, run_and_get_code
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.functional import cross_entropy
+
+from fwdcompile import FGD, Normal, Rademacher
+from fwdcompile.directions import Directions
+from fwdcompile.inductor import FEW, addends_on_the_way, parts_apart
+
+X, Y = torch.linspace(-1, 1, 24).view(4, 6), torch.tensor([0, 1, 2, 1])
+
+
+@pytest.mark.compiled
+def test_no_addend_of_a_product_is_written_out() -> None:
+    """A rank-one tangent's part of a product is computed where the sum is read."""
+    layers = [layer for _ in range(3) for layer in (nn.Linear(6, 6, bias=False), nn.ReLU())]
+    model, twin = nn.Sequential(*layers), nn.Sequential(*copy.deepcopy(layers))
+    settings: dict[str, Any] = {"lr": 0.1, "directions": Rademacher(rank_one=True)}
+    fgd = FGD(model, cross_entropy, **settings)
+    with fresh_cache():
+        loss, (code,) = run_and_get_code(fgd.step, X, Y)
+    assert code.count("extern_kernels.mm(") == 5 and "extern_kernels.addmm(" not in code
+    expected = FGD(twin, cross_entropy, compile=False, **settings).step(X, Y)
+    torch.testing.assert_close(loss, expected)
+    for mine, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.uint8, torch.bool])
+def test_addends_of_any_dtype_are_added(dtype: torch.dtype) -> None:
+    def sums(x: Tensor, w: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+        return x @ w + u * u, u[:, :1] * u + x @ w
+
+    inputs = torch.randn(3, 4), torch.randn(4, 5), torch.randint(1, 9, (3, 5)).to(dtype)
+    graph = make_fx(sums)(*inputs)
+    before = graph.code
+    addends_on_the_way(graph.graph)
+    graph.recompile()
+    assert (graph.code != before) == (dtype == torch.float32)
+    torch.testing.assert_close(graph(*inputs), sums(*inputs), rtol=0, atol=0)
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("directions", [Rademacher(rank_one=True), Normal()])
+def test_layers_that_are_alike_share_kernels(directions: Directions) -> None:
+    """The code of a step grows by calls with its depth, not by kernels."""
+
+    def kernels(depth: int) -> int:
+        model = nn.Sequential(*[m for _ in range(depth) for m in (nn.Linear(6, 6), nn.Tanh())])
+        with fresh_cache():
+            fgd = FGD(model, cross_entropy, lr=0.1, directions=directions)
+            _, (code,) = run_and_get_code(fgd.step, X, Y)
+        return code.count("async_compile.cpp_pybinding")
+
+    assert kernels(2 * FEW) == kernels(FEW)
+
+
+@pytest.mark.parametrize("count", [FEW, FEW + 1])
+@pytest.mark.parametrize("drawn", [False, True])
+def test_parts_of_what_was_drawn_are_apart_where_they_are_many(count: int, drawn: bool) -> None:
+    def parts(x: Tensor) -> tuple[Tensor, ...]:
+        y = 2 * x
+        return torch.split(y.as_strided(y.shape, y.stride()) if drawn else y, 3)
+
+    x = torch.randn(3 * count)
+    graph = make_fx(parts)(x)
+    for node in graph.graph.find_nodes(op="call_function", target=torch.ops.aten.split.Tensor):
+        node.target = torch.ops.aten.split_with_sizes.default
+        node.args = (node.args[0], [3] * count)
+    parts_apart(graph.graph)
+    graph.recompile()
+    assert ("split_with_sizes_copy" in graph.code) == (drawn and count > FEW)
+    for mine, theirs in zip(graph(x), parts(x), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
