@@ -71,8 +71,12 @@ class Directions(ABC):
             >>> key = stream_keys(torch.tensor(0), torch.tensor(0))[0, 0]
             >>> Normal().draw((3, 2), key=key, dtype=torch.float32)
         """
-        numbers = self.numbers(_words(key, self.words(shape)), dtype).flatten()
+        numbers = self.stream(key, self.words(shape), dtype)
         return self.of_numbers(stored(numbers) if self._outer(shape) else numbers, shape)
+
+    def stream(self, key: Tensor, words: int, dtype: torch.dtype) -> Tensor:
+        """The numbers of so many words under a key, in one dimension."""
+        return self.numbers(_words(key, words), dtype).flatten()
 
     def words(self, shape: Sequence[int]) -> int:
         """How many hashed words the direction of a shape takes."""

@@ -1,9 +1,12 @@
-"""What a step draws its directions for, and how: all that is small at once, in one loop."""
+"""What a step draws its directions for, and how, in little code: compiling it takes long.
+
+All that is small is drawn in one loop, and what is large and of one size by one region.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,7 +17,7 @@ from .lowered import Lowered
 from .program import value
 
 Drawn = dict[str, Tensor | RankOne]
-# so many words are little to keep, and a hash of its own for each tensor much to compile
+# so many words are little to keep
 SMALL = 2**11
 
 
@@ -70,10 +73,16 @@ class Draw:
         self._sources = {name: directions if k.outer else dense for name, k in kinds.items()}
         sizes = {name: self._sources[name].words(kind.shape) for name, kind in kinds.items()}
         small: dict[torch.dtype, dict[int, int]] = {}
+        large: dict[tuple[int, torch.dtype], list[int]] = {}
         for number, _, name in self._each():
-            if sizes[name] <= SMALL:
-                small.setdefault(kinds[name].dtype, {})[number] = sizes[name]
+            words, dtype = sizes[name], kinds[name].dtype
+            if words <= SMALL:
+                small.setdefault(dtype, {})[number] = words
+            else:
+                large.setdefault((words, dtype), []).append(number)
         self._together = [Together(dense, dtype, words, device) for dtype, words in small.items()]
+        repeated = [(what, numbers) for what, numbers in large.items() if len(numbers) > 1]
+        self._alike = [(stream_of(dense, *what), numbers) for what, numbers in repeated]
 
     def __call__(self, seed: Tensor, step: Tensor) -> list[Drawn]:
         """For each sample, the directions of all that has one, by name."""
@@ -82,6 +91,8 @@ class Draw:
         for together in self._together:
             numbers |= together(keys)
         own = torch.split(keys.flatten(), 2)
+        for stream, alike in self._alike:
+            numbers |= {number: stream(own[number]) for number in alike}
         drawn: list[Drawn] = [{} for _ in range(self._samples)]
         for number, sample, name in self._each():
             kind, source = self.kinds[name], self._sources[name]
@@ -97,6 +108,24 @@ class Draw:
         for row, (name, kind) in enumerate(self.kinds.items()):
             for sample in kind.samples:
                 yield sample * len(self.kinds) + row, sample, name
+
+
+def stream_of(directions: Directions, words: int, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """`Directions.stream` of a key, which torch.compile compiles once for all keys of a step."""
+
+    def stream(key: Tensor) -> Tensor:
+        return directions.stream(key, words, dtype)
+
+    # dynamo takes regions of equal code for one, whatever they close over
+    name = f"stream_{words}_{str(dtype).removeprefix('torch.')}"
+    stream.__code__ = stream.__code__.replace(co_name=name)
+    region = torch.compiler.nested_compile_region(stream)
+
+    def chosen(key: Tensor) -> Tensor:
+        # an exported step is for engines that know no regions
+        return region(key) if torch.compiler.is_dynamo_compiling() else stream(key)
+
+    return chosen
 
 
 class Together:

@@ -7,7 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch._inductor.utils import fresh_cache, run_and_get_code
 from torch.nn.functional import cross_entropy
+from torch.torch_version import TorchVersion
 
 from fwdcompile import FGD, Normal, Rademacher, RankOne, Sphere
 from fwdcompile.directions import Directions, dense_tensor, stream_keys
@@ -91,3 +93,27 @@ def test_a_compiled_step_moves_along_the_directions_of_their_keys(directions: Di
     torch.testing.assert_close(
         torch.stack(ratios), ratios[0].expand(len(ratios)), rtol=1e-3, atol=0
     )
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("directions", ALL[:4])
+def test_what_is_alike_is_compiled_once_and_drawn_each(
+    directions: Directions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Large directions of one size share their code, those of others have their own."""
+    monkeypatch.setattr("fwdcompile.drawing.SMALL", 0)
+    shapes = [(5, 70), (70, 5), (3, 41), (41, 3), (5, 70), (64, 2)]
+    kinds = {
+        f"{dtype}{number}": Kind(shape, dtype, directions.rank_one, [0, 1])
+        for dtype in (torch.float32, torch.float64)
+        for number, shape in enumerate(shapes)
+    }
+    draw, key = Draw(directions, kinds, 2, 0, CPU), (torch.tensor(3), torch.tensor(7))
+    with fresh_cache():
+        found, (code,) = run_and_get_code(torch.compile(draw.__call__, fullgraph=True), *key)
+    regions = len(draw._alike) if TorchVersion(torch.__version__) >= "2.13" else 4 * len(shapes)
+    assert code.count("def repeated_subgraph") == regions
+    for mine, theirs in zip(tensors(found), tensors(draw(*key)), strict=True):
+        for name, parts in theirs.items():
+            for a, b in zip(mine[name], parts, strict=True):
+                torch.testing.assert_close(a, b)
