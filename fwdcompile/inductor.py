@@ -63,5 +63,5 @@ def _as_it_is(op: OpOverload) -> OpOverload:
     from torch._inductor.lowering import lowerings, make_fallback
 
     if op not in lowerings:
-        make_fallback(op, warn=False, override_decomp=True)
+        make_fallback(op, warn=False, override_decomp=True)  # type: ignore[no-untyped-call]
     return op
