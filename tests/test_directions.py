@@ -285,3 +285,17 @@ def test_kernels_have_no_constants_beyond_their_words() -> None:
     words = {0x9E3779B1 - 2**32, 0x7FEB352D}
     assert words <= {*found}
     assert {n for n in found if not -(2**31) <= n < 2**31} <= {0xFFFFFFFF}
+
+
+def test_the_numbers_of_a_key_never_change():
+    """Histories of runs and runs that resume rest on them (docs/decisions.md)."""
+    keys = stream_keys(torch.tensor(3), torch.tensor(2**33 + 5), 2, 3, first=1)
+    assert keys[:, 2].tolist() == [[-1496179795, 246433428], [745405453, -1409035644]]
+    normals = Normal().draw((5,), key=keys[1, 2], dtype=torch.float64)
+    expected = [0.9952151288593996, -0.9271399318858716, 0.8795327739177708]
+    expected += [-0.5710793275054701, -0.13074191173290983]
+    torch.testing.assert_close(normals, torch.tensor(expected, dtype=torch.float64))
+    signs = Rademacher().draw((40,), key=keys[1, 2], dtype=torch.float32)
+    assert "".join("+" if x > 0 else "-" for x in signs) == (
+        "-++++-++-+++-+-++-++++-++--------+-++-+-"
+    )
