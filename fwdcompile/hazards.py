@@ -124,6 +124,11 @@ def explain(error: Exception) -> str:
             f"{where}The model makes tensors that capture does not see, as torch.autograd.grad and "
             "backward() do.\n  Differentiate with torch.func.grad, vjp or jacrev inside a model."
         )
+    if "must be tuple of ints,but got FakeTensor" in text:
+        return (
+            f"{where}A size is the value of a tensor, as in a packed sequence, and a program has one "
+            "shape.\n  Leave sequences padded, and mask what is behind their ends."
+        )
     return f"{where}The model cannot be captured: {type(error).__name__}: {text}"
 
 
@@ -220,18 +225,22 @@ def _place(node: fx.Node) -> str:
 
 
 def _taken_off(where: str) -> CaptureError:
-    return _told(where, aten.detach_.default, "takes the tangent off a tensor", "x = x.detach()")
+    instead = "Use x = x.detach() and write to the result."
+    return _told(where, aten.detach_.default, "takes the tangent off a tensor", instead)
 
 
 def _hidden(op: Any, where: str) -> CaptureError:
     effect = "changes the value of a tensor, through a detached one, but not its tangent"
-    return _told(where, op, effect, "x.detach().clone()")
+    instead = "Use x.detach().clone() and write to the result."
+    if op is aten.embedding_renorm_.default:
+        instead = "Leave max_norm out and bound the rows yourself, in a copy or between the steps."
+    return _told(where, op, effect, instead)
 
 
 def _told(where: str, op: Any, effect: str, instead: str) -> CaptureError:
     return CaptureError(
         f"{where}\n  {op} {effect}, in place: a captured program cannot say "
-        f"that.\n  Use {instead} and write to the result."
+        f"that.\n  {instead}"
     )
 
 

@@ -106,8 +106,22 @@ def test_a_write_through_detach_is_refused(model: Any) -> None:
 
 
 def test_max_norm_of_an_embedding_writes_through_detach() -> None:
-    with pytest.raises(fwdcompile.CaptureError, match=r"(?s)embedding_renorm_.*clone"):
+    with pytest.raises(fwdcompile.CaptureError, match=r"(?s)embedding_renorm_.*max_norm"):
         capture(nn.Embedding(5, 3, max_norm=1.0), (torch.tensor([1, 2]),), {})
+
+
+def test_packed_sequences_are_refused_with_the_way_out() -> None:
+    class Packed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.LSTM(3, 4, batch_first=True)
+
+        def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+            packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True)
+            return self.net(packed)[0].data
+
+    with pytest.raises(fwdcompile.CaptureError, match=r"(?s)self.net\(packed\).*padded, and mask"):
+        capture(Packed(), (torch.randn(2, 5, 3), torch.tensor([5, 3])), {})
 
 
 def test_writes_to_detached_copies_integers_and_buffers_are_harmless() -> None:
