@@ -88,7 +88,7 @@ class Directions(ABC):
         sizes = [math.prod(part) for part in parts]
         split = torch.split(numbers[: sum(sizes)], sizes)
         u, *rest = (x.view(part) for x, part in zip(split, parts, strict=True))
-        return RankOne(u, *rest) if rest else u
+        return RankOne(u.clone(), *(v.clone() for v in rest)) if rest else u
 
     def _parts(self, shape: Sequence[int]) -> list[tuple[int, ...]]:
         """The shapes of the factors, or the shape alone."""

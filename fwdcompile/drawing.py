@@ -162,7 +162,8 @@ class Together:
             numbers = stored(numbers).flatten().index_select(0, self._order)
         sizes = [count * self._directions.per_word for count in self._words.values()]
         parts = torch.split(stored(numbers.flatten()), sizes)
-        return dict(zip(self._words, parts, strict=True))
+        # torch.cond takes no two operands that share memory; a compiled step makes no copies
+        return {number: x.clone() for number, x in zip(self._words, parts, strict=True)}
 
     def _ordered(self, count: int) -> Tensor:
         """Where in the numbers of all words those of one tensor are, for one after the other."""

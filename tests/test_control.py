@@ -49,11 +49,13 @@ def test_the_plain_statements_compute_what_the_ops_compute() -> None:
 
 
 @pytest.mark.compiled
-def test_a_compiled_step_is_the_eager_one() -> None:
+@pytest.mark.parametrize("rank_one", [False, True])
+def test_a_compiled_step_is_the_eager_one(rank_one: bool) -> None:
     def stepped(compile: bool) -> list[float]:
         torch.manual_seed(0)
         model, x = Gated(), torch.rand(8, 3)
-        fgd = fwdcompile.FGD(model, F.mse_loss, lr=1e-2, compile=compile)
+        directions = fwdcompile.Normal(rank_one=rank_one)
+        fgd = fwdcompile.FGD(model, F.mse_loss, lr=1e-2, directions=directions, compile=compile)
         return [float(fgd.step(sign * x, torch.zeros(8, 3))) for sign in (1, -1, 1)]
 
     assert stepped(True) == pytest.approx(stepped(False))
