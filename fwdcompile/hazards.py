@@ -126,8 +126,8 @@ def explain(error: Exception) -> str:
         )
     if "must be tuple of ints,but got FakeTensor" in text:
         return (
-            f"{where}A size is the value of a tensor, as in a packed sequence, and a program has one "
-            "shape.\n  Leave sequences padded, and mask what is behind their ends."
+            f"{where}A size is the value of a tensor, as in a packed sequence, and a program has "
+            "one shape.\n  Leave sequences padded, and mask what is behind their ends."
         )
     return f"{where}The model cannot be captured: {type(error).__name__}: {text}"
 
