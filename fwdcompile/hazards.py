@@ -239,8 +239,7 @@ def _hidden(op: Any, where: str) -> CaptureError:
 
 def _told(where: str, op: Any, effect: str, instead: str) -> CaptureError:
     return CaptureError(
-        f"{where}\n  {op} {effect}, in place: a captured program cannot say "
-        f"that.\n  {instead}"
+        f"{where}\n  {op} {effect}, in place: a captured program cannot say that.\n  {instead}"
     )
 
 
