@@ -5,7 +5,6 @@ All that is small is drawn in one loop, and what is large and of one size by one
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
@@ -152,13 +151,14 @@ class Together:
         # of each word: the number of its key, its own under that key
         self._keys = torch.tensor([*words], dtype=torch.int32).repeat_interleave(counts).to(device)
         self._places = places.to(device, torch.int32)
-        self._order = self._ordered(len(places)).to(device)
+        # numbers of a word that are side by side are in order
+        self._order = self._ordered(len(places)).to(device) if directions.words_dim else None
 
     def __call__(self, keys: Tensor) -> dict[int, Tensor]:
         """The numbers by the number of their key, some left over at their ends."""
         first, second = keys.index_select(0, self._keys).unbind(1)
         numbers = self._directions.numbers(hashed(self._places, first, second), self._dtype)
-        if self._directions.words_dim:
+        if self._order is not None:
             numbers = stored(numbers).flatten().index_select(0, self._order)
         sizes = [count * self._directions.per_word for count in self._words.values()]
         parts = torch.split(stored(numbers.flatten()), sizes)
@@ -167,7 +167,6 @@ class Together:
 
     def _ordered(self, count: int) -> Tensor:
         """Where in the numbers of all words those of one tensor are, for one after the other."""
-        shape, dim = [count, self._directions.per_word], self._directions.words_dim
-        places = torch.arange(math.prod(shape)).view(shape[::-1] if dim else shape)
-        parts = torch.split(places, [*self._words.values()], dim)
+        places = torch.arange(self._directions.per_word * count).view(-1, count)
+        parts = torch.split(places, [*self._words.values()], 1)
         return torch.cat([part.flatten() for part in parts])
