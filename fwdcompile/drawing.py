@@ -167,6 +167,7 @@ class Together:
 
     def _ordered(self, count: int) -> Tensor:
         """Where in the numbers of all words those of one tensor are, for one after the other."""
-        places = torch.arange(self._directions.per_word * count).view(-1, count)
+        per_word = self._directions.per_word
+        places = torch.arange(per_word * count).view(per_word, count)
         parts = torch.split(places, [*self._words.values()], 1)
         return torch.cat([part.flatten() for part in parts])

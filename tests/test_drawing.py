@@ -67,6 +67,15 @@ def test_drawn_together_is_drawn_one_by_one(data, directions, samples, first) ->
                 torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=False)
 
 
+@pytest.mark.parametrize("directions", ALL)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_parameter_without_elements_has_a_direction_without_any(directions, dtype) -> None:
+    kinds = {"none": Kind((0, 3), dtype, directions.rank_one, [0])}
+    (drawn,) = Draw(directions, kinds, 1, 0, CPU)(torch.tensor(0), torch.tensor(0))
+    dense = dense_tensor(drawn["none"])
+    assert dense.shape == (0, 3) and dense.dtype == dtype
+
+
 def test_directions_come_in_the_order_of_their_keys() -> None:
     kinds = {n: Kind((3,), torch.float32, False, [0]) for n in ("b", "a", "c")}
     (drawn,) = Draw(Normal(), kinds, 1, 0, CPU)(torch.tensor(0), torch.tensor(0))
