@@ -23,8 +23,9 @@ import torch
 from torch import Tensor
 
 from fwdcompile.costs import device_name
-from fwdcompile.directions import Directions, Normal, Rademacher, stream_keys
+from fwdcompile.directions import Directions, Normal, Rademacher
 from fwdcompile.measure import timed
+from fwdcompile.words import stream_keys
 
 COUNT = 1_860_000
 THREADS = 2

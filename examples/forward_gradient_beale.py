@@ -24,7 +24,7 @@ from test_functions import DESCENTS, beale
 from torch import Tensor
 
 import fwdcompile
-from fwdcompile.directions import stream_keys
+from fwdcompile.words import stream_keys
 
 POINT = (1.5, -0.1)
 SHOWN = 5

@@ -32,6 +32,8 @@ def compiled_step(
     options = torch._inductor.list_mode_options(mode) | {"guard_filter_fn": _ON_TENSORS}
     options["triton.cudagraphs"] = False
     options["post_grad_custom_pre_pass"] = StepPasses()
+    # a product and a sum are one instruction, as on GPUs: polynomials consist of them
+    options["cpp.enable_floating_point_contract_flag"] = "fast"
     options["max_fusion_buffer_group_pairwise_attempts"] = NEIGHBOURS
     fresh = with_own_code(function)
     return torch.compile(fresh, fullgraph=True, dynamic=dynamic, options=options)

@@ -2,8 +2,7 @@
 
 A direction needs zero mean and identity covariance, no more: that makes the forward gradient
 unbiased (section 3.2 of Baydin et al. 2022). The numbers are a pure function of seed, step,
-sample, parameter and element: a hash of counters in 32-bit integer ops, which a compiler fuses
-into whatever reads them, and which is the same eager and compiled, on CPU and GPU.
+sample, parameter and element (see words.py).
 """
 
 from __future__ import annotations
@@ -17,7 +16,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-_WORD = 2**32
+from .normals import normals
+from .words import mix, signed, stored, words_of
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Directions(ABC):
 
     def stream(self, key: Tensor, words: int, dtype: torch.dtype) -> Tensor:
         """The numbers of so many words under a key, in one dimension."""
-        return self.numbers(_words(key, words), dtype).flatten()
+        return self.numbers(words_of(key, words), dtype).flatten()
 
     def words(self, shape: Sequence[int]) -> int:
         """How many hashed words the direction of a shape takes."""
@@ -125,11 +125,9 @@ class Normal(Directions):
     words_dim: ClassVar[int] = 1
 
     def numbers(self, words: Tensor, dtype: torch.dtype) -> Tensor:
-        """Box and Muller's transform: two words, one made of the other, give a pair of normals."""
+        """Two words, one made of the other, give a pair of normals."""
         wide = torch.float64 if dtype == torch.float64 else torch.float32
-        radius = torch.sqrt(-2 * torch.log(_uniform(words, wide)))
-        angle = _mix(words ^ _signed(0x5BF03635)).to(wide) * (2 * math.pi / _WORD)
-        return torch.stack([radius * torch.cos(angle), radius * torch.sin(angle)]).to(dtype)
+        return normals(words, mix(words ^ signed(0x5BF03635)), wide).to(dtype)
 
 
 @dataclass(frozen=True)
@@ -210,78 +208,3 @@ def _gram(drawn: Sequence[Mapping[str, Tensor | RankOne]]) -> tuple[Tensor, int]
         rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
         products.append(rows @ rows.mT)
     return sum(products[1:], products[0]), count
-
-
-def stream_keys(
-    seed: Tensor, step: Tensor, samples: int = 1, parameters: int = 1, first: int = 0
-) -> Tensor:
-    """The keys of all directions of one step, computed together: a compiler makes them one loop.
-
-    Args:
-        seed: int64 tensor of no dimensions.
-        step: int64 tensor of no dimensions, the iteration.
-        samples: how many directions the step takes.
-        parameters: how many parameters each direction has.
-        first: number of the first direction; other workers have those before and behind.
-
-    Returns:
-        An int32 tensor `[samples, parameters, 2]` on the seed's device, two words a key.
-    """
-    device = seed.device
-    numbers = torch.arange(first, first + samples, dtype=torch.int32, device=device)
-    sample = numbers[:, None, None]
-    parameter = torch.arange(parameters, dtype=torch.int32, device=device)[:, None]
-    word = torch.arange(2, dtype=torch.int32, device=device)
-    halves = [(x & 0xFFFFFFFF).to(torch.int32) for n in (seed, step) for x in (n, n >> 32)]
-    # an xor, equal to the sum here: Inductor folds sums and products of places into constants, and
-    # Triton refuses those beyond 32 bits
-    key = (word ^ _signed(0x243F6A88)).expand(samples, parameters, 2)
-    for number in (*halves, sample, parameter):
-        key = stored(_mix(key * _signed(0x9E3779B1) ^ number))
-    return key
-
-
-def _words(key: Tensor, count: int) -> Tensor:
-    """One hashed 32-bit word for each element: a keyed permutation of the element's number."""
-    index = torch.arange(min(count, _WORD // 2), dtype=torch.int32, device=key.device)
-    words = hashed(index, key[0], key[1])
-    rest = count - words.numel()
-    return torch.cat([words, _words(_mix(key), rest)]) if rest else words
-
-
-def hashed(index: Tensor, first: Tensor, second: Tensor) -> Tensor:
-    """The words at some places under the two words of a key, or under those of many keys."""
-    return stored(_mix(stored(_mix(index ^ first)) + second))
-
-
-def _mix(x: Tensor) -> Tensor:
-    """Scrambles 32-bit words one to one; a change of one input bit changes half of the output.
-
-    Shifts and multipliers are those of C. Wellons's search for unbiased hashes, "lowbias32".
-    """
-    x = (x ^ _shift(x, 16)) * _signed(0x7FEB352D)
-    x = (x ^ _shift(x, 15)) * _signed(0x846CA68B)
-    return x ^ _shift(x, 16)
-
-
-def stored(x: Tensor) -> Tensor:
-    """The same tensor, which Inductor makes once: inlined, it is made again for every use."""
-    return x.as_strided(x.shape, x.stride())
-
-
-def _shift(x: Tensor, bits: int) -> Tensor:
-    """Shifts right and fills with zeros; torch's own shift copies the sign bit."""
-    return (x >> bits) & ((1 << (32 - bits)) - 1)
-
-
-def _signed(word: int) -> int:
-    """A 32-bit word as the signed number that int32 holds."""
-    word %= _WORD
-    return word - _WORD if word >= _WORD // 2 else word
-
-
-def _uniform(words: Tensor, dtype: torch.dtype) -> Tensor:
-    """Numbers in (0, 1], never 0, the same but for rounding in every dtype."""
-    # two halves: a float32 of the whole word would round the smallest numbers coarsely
-    low = ((words & 0xFFFF).to(dtype) + 0.5) * 2**-16
-    return (_shift(words, 16).to(dtype) + low) * 2**-16

@@ -11,9 +11,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .directions import Directions, RankOne, hashed, stored, stream_keys
+from .directions import Directions, RankOne
 from .lowered import Lowered
 from .program import value
+from .words import hashed, stored, stream_keys
 
 Drawn = dict[str, Tensor | RankOne]
 # so many words are little to keep

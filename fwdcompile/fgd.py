@@ -12,7 +12,7 @@ from torch import Tensor
 from .activity import ActivityForward, check_examples
 from .autocast import without_casts
 from .binding import call_values
-from .directions import Directions, Normal, RankOne, Sphere, scaled, stream_keys
+from .directions import Directions, Normal, RankOne, Sphere, scaled
 from .drawing import kinds_of
 from .export import Engine, export
 from .lowered import Lowered
@@ -20,6 +20,7 @@ from .parts import Model
 from .program import outputs_reached
 from .redraw import move
 from .stepper import NonFinite, Plan, Stepper, check_loss, plain_names, sum_of
+from .words import stream_keys
 
 Perturbed = Literal["weights", "activations"]
 

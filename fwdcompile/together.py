@@ -13,13 +13,14 @@ from torch import Tensor
 from . import __version__
 from .autocast import without_casts
 from .binding import state_homes
-from .directions import Sphere, stream_keys
+from .directions import Sphere
 from .drawing import kinds_of
 from .errors import HistoryError, MismatchError
 from .history import History, Record, check_header, read
 from .layout import Layout
 from .lowered import Lowered
 from .stepper import Plan, Stepper, kind_of
+from .words import stream_keys
 from .workers import Workers, digest
 
 _FORMAT = 1

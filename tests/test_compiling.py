@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils import _pytree as pytree
 
 from fwdcompile import FGD, ForwardGradient, Normal, Rademacher
-from fwdcompile.compiling import Replayed, replays, with_own_code
+from fwdcompile.compiling import Replayed, compiled_step, replays, with_own_code
 from fwdcompile.config import Config
 from fwdcompile.distributed import DistributedFGD
 from fwdcompile.methods import METHODS
@@ -168,6 +168,16 @@ def test_all_that_a_peer_writes_stays_in_place(monkeypatch: pytest.MonkeyPatch) 
     (known,) = seen
     written = {i for i, info in enumerate(known.input_info) if info.mutates_data}
     assert written and written <= set(known.static_input_indices)
+
+
+@pytest.mark.compiled
+def test_a_product_and_a_sum_round_once() -> None:
+    x = 1 + torch.arange(1, 1001, dtype=torch.float32) * 2**-12
+    step = compiled_step(lambda a, b, c: a * b + c, "default", False)
+    with fresh_cache():
+        found = step(x, x, -(x * x))
+    assert torch.equal(found.double(), x.double() ** 2 - (x * x).double())
+    assert int(found.count_nonzero()) > 100
 
 
 def test_a_code_object_of_its_own() -> None:

@@ -23,10 +23,11 @@ from torch.nn.functional import cross_entropy
 import fwdcompile
 from fwdcompile import FGD, ForwardGradient, Normal, Rademacher
 from fwdcompile.costs import costs_path
-from fwdcompile.directions import RankOne, dense_tensor, stream_keys
+from fwdcompile.directions import RankOne, dense_tensor
 from fwdcompile.distributed import DistributedFGD
 from fwdcompile.measure import cuda_peak
 from fwdcompile.models import deep_mlp
+from fwdcompile.words import stream_keys
 from fwdcompile.workers import Workers
 
 pytestmark = [

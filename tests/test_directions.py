@@ -15,10 +15,9 @@ from fwdcompile.directions import (
     Directions,
     Normal,
     Rademacher,
-    _uniform,
     dense_tensor,
-    stream_keys,
 )
+from fwdcompile.words import stream_keys
 
 KINDS = [Normal(), Rademacher()]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -81,14 +80,6 @@ def test_the_tails_are_filled():
         expected = 2 * stats.norm.sf(bound) * x.numel()
         found = int((x > bound).sum())
         assert two_sided((found - expected) / expected**0.5) > LEAST_P, bound
-
-
-@pytest.mark.parametrize(("dtype", "bits"), [(torch.float32, 24), (torch.float64, 32)])
-def test_uniforms_reach_from_nearly_zero_to_one_and_are_never_zero(dtype, bits):
-    words = torch.tensor([0, 1, -1, -2, 2**31 - 1, -(2**31)], dtype=torch.int32)
-    x = _uniform(words, dtype)
-    assert 0 < float(x.min()) < 2.0**-bits
-    assert 1 - 2.0**-bits <= float(x.max()) <= 1
 
 
 def test_the_two_normals_of_a_pair_are_independent():
@@ -262,7 +253,8 @@ def test_compiled_and_eager_agree_and_a_new_seed_does_not_recompile():
         return [d.draw((37, 101), key=key, dtype=torch.float32) for d in KINDS]
 
     compiled = torch.compile(both, fullgraph=True, dynamic=False, backend=backend)
-    precision = 8 * torch.finfo(torch.float32).eps
+    # 8 eps of the length of a pair, the greatest of which are 6.8
+    precision = 8 * 6.8 * torch.finfo(torch.float32).eps
     for seed, step in [(0, 0), (-5, 2**33), (2**62, 7)]:
         arguments = torch.tensor(seed), torch.tensor(step)
         (normal, signs), (eager_normal, eager_signs) = compiled(*arguments), both(*arguments)

@@ -12,8 +12,9 @@ from torch.nn.functional import cross_entropy
 from torch.torch_version import TorchVersion
 
 from fwdcompile import FGD, Normal, Rademacher, RankOne, Sphere
-from fwdcompile.directions import Directions, dense_tensor, stream_keys
+from fwdcompile.directions import Directions, dense_tensor
 from fwdcompile.drawing import SMALL, Draw, Kind, kinds_of
+from fwdcompile.words import stream_keys
 
 ALL = [Normal(), Normal(rank_one=True), Rademacher(), Rademacher(rank_one=True), Sphere()]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fwdcompile import FGD, ExportError, Normal, Rademacher, Sphere, onnx_forms
-from fwdcompile.directions import stream_keys
+from fwdcompile.words import stream_keys
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import export_step

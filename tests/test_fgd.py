@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 import fwdcompile
 from fwdcompile import FGD, ForwardGradient, Normal, Rademacher, RankOne, Sphere
-from fwdcompile.directions import stream_keys
+from fwdcompile.words import stream_keys
 
 X, Y = torch.randn(16, 6, generator=torch.Generator().manual_seed(1)), torch.arange(16) % 3
 

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 import fwdcompile
-from fwdcompile.directions import stream_keys
 from fwdcompile.measure import in_fresh_process
+from fwdcompile.words import stream_keys
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import depth
