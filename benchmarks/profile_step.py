@@ -32,6 +32,7 @@ def main() -> None:
     machine = f"{device_name(torch.device(options.device))}, torch {torch.__version__}"
     threads = f", {THREADS} threads" if options.device == "cpu" else ""
     text = "\n".join([f"Self time of a step's slowest calls. {machine}{threads}.\n", *parts])
+    options.out.mkdir(parents=True, exist_ok=True)
     (options.out / f"profile-{options.device}.md").write_text(text)
     print(text)
 
