@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fwdcompile.compiling import compiled_step
 from fwdcompile.costs import device_name
 from fwdcompile.directions import Directions, Normal, Rademacher
 from fwdcompile.measure import timed
@@ -33,14 +34,13 @@ AGREEMENT = 0.1
 
 
 def compiled_draw(directions: Directions, out: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-    """One compiled graph from (seed, step) to `out`, the key included."""
+    """One graph from (seed, step) to `out`, the key included, compiled as a step is."""
 
-    @torch.compile(fullgraph=True, dynamic=False)
     def fill(seed: Tensor, step: Tensor) -> Tensor:
         key = stream_keys(seed, step)[0, 0]
         return out.copy_(directions.draw(out.shape, key=key, dtype=out.dtype))
 
-    return fill
+    return compiled_step(fill, "default", False)
 
 
 def batch(
