@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import product
@@ -50,6 +49,10 @@ for _family in (
 linear(aten.affine_grid_generator.default, wrt="theta")
 
 
+# windows of so few comparisons take them in place of indices
+_FEW = 8
+
+
 def _winners(d: Tensor, indices: Tensor, spatial: int) -> Tensor:
     """Reads d at indices that count through its last `spatial` dimensions."""
     if spatial == 1:
@@ -59,19 +62,21 @@ def _winners(d: Tensor, indices: Tensor, spatial: int) -> Tensor:
     return flat.view(indices.shape)
 
 
-def _winners_of_blocks(d: Tensor, indices: Tensor, sizes: Sequence[int]) -> Tensor:
-    """The same where windows are separate blocks: a masked sum, which vectorises, unlike gather."""
-    image = d.shape[-len(sizes) :]
-    positions = torch.arange(math.prod(image), device=d.device).view(image)
-    for axis, size in enumerate(sizes):
-        positions = positions.unfold(axis, size, size)
-        d = d.unfold(axis + indices.ndim - len(sizes), size, size)
-    within = tuple(range(-len(sizes), 0))
-    return torch.where(positions == indices[(..., *[None] * len(sizes))], d, 0.0).sum(within)
+def _first_maxima(x: Tensor, d: Tensor, sizes: Sequence[int], strides: Sequence[int]) -> Tensor:
+    """Tangents of maxima along one axis after another: comparisons vectorise, reads do not."""
+    for axis in range(-1, -len(sizes) - 1, -1):
+        windows = (y.unfold(axis, sizes[axis], strides[axis]).unbind(-1) for y in (x, d))
+        (x, *others), (d, *dots) = windows
+        for other, dot in zip(others, dots, strict=True):
+            # of equals torch takes the first, of NaNs the last
+            d = torch.where((other > x) | other.isnan(), dot, d)
+            x = torch.maximum(x, other)
+    return d
 
 
 def _max_pool(
     d: Tensor,
+    self: Tensor,
     out: tuple[Tensor, Tensor],
     kernel_size: Sequence[int],
     stride: Sequence[int],
@@ -81,12 +86,11 @@ def _max_pool(
     *,
     spatial: int,
 ) -> tuple[Tensor, None]:
-    indices = out[1]
-    blocks = list(stride or kernel_size) == list(kernel_size) and not ceil_mode
-    if blocks and set(padding) == {0} and set(dilation) == {1}:
-        sizes = [*kernel_size] * (spatial // len(kernel_size))
-        return _winners_of_blocks(d, indices, sizes), None
-    return _winners(d, indices, spatial), None
+    sizes, strides = ([*n] * (spatial // len(n)) for n in (kernel_size, stride or kernel_size))
+    whole = set(padding) == {0} and set(dilation) == {1} and not ceil_mode
+    if whole and sum(sizes) <= _FEW:
+        return _first_maxima(self, d, sizes, strides), None
+    return _winners(d, out[1], spatial), None
 
 
 for _spatial, _op in enumerate(

@@ -66,22 +66,29 @@ def forward(
     del conv2d_1_dot
 
     # module 4
-    (max_pool2d_with_indices_out0, max_pool2d_with_indices_out1) = aten.max_pool2d_with_indices(
-        relu_1, [2, 2], [2, 2])
+    max_pool2d_with_indices_out0: f32[64, 64, 4, 4] = aten.max_pool2d_with_indices(relu_1, [2, 2],
+        [2, 2])[0]
+    unbind_out0, unbind_out1 = aten.unbind.int(aten.unfold(relu_1, -1, 2, 2), -1)
     del relu_1
-    view_3: i64[8, 8] = aten.view(aten.arange(64, device=torch.device("cpu")), [8, 8])
-    unsqueeze: i64[64, 64, 4, 4, 1] = aten.unsqueeze(max_pool2d_with_indices_out1, 4)
-    del max_pool2d_with_indices_out1
-    unfold_2: i64[4, 4, 2, 2] = aten.unfold(aten.unfold(view_3, 0, 2, 2), 1, 2, 2)
-    del view_3
-    unfold_3: f32[64, 64, 4, 4, 2, 2] = aten.unfold(aten.unfold(relu_1_dot, 2, 2, 2), 3, 2, 2)
+    unbind_out0_1, unbind_out1_1 = aten.unbind.int(aten.unfold(relu_1_dot, -1, 2, 2), -1)
     del relu_1_dot
-    eq: b8[64, 64, 4, 4, 2, 2] = unfold_2 == aten.unsqueeze(unsqueeze, 5)
-    del unfold_2, unsqueeze
-    where: f32[64, 64, 4, 4, 2, 2] = torch.where(eq, unfold_3, 0.0)
-    del eq, unfold_3
-    max_pool2d_with_indices_out0_dot: f32[64, 64, 4, 4] = aten.sum.dim_IntList(where, [-2, -1])
+    gt_2: b8[64, 64, 8, 4] = unbind_out1 > unbind_out0
+    bitwise_or: b8[64, 64, 8, 4] = aten.bitwise_or.Tensor(gt_2, aten.isnan(unbind_out1))
+    del gt_2
+    where: f32[64, 64, 8, 4] = torch.where(bitwise_or, unbind_out1_1, unbind_out0_1)
+    del bitwise_or, unbind_out0_1, unbind_out1_1
+    unbind_out0_2, unbind_out1_2 = aten.unbind.int(aten.unfold(aten.maximum(unbind_out0,
+        unbind_out1), -2, 2, 2), -1)
+    del unbind_out0, unbind_out1
+    unbind_out0_3, unbind_out1_3 = aten.unbind.int(aten.unfold(where, -2, 2, 2), -1)
     del where
+    gt_3: b8[64, 64, 4, 4] = unbind_out1_2 > unbind_out0_2
+    del unbind_out0_2
+    bitwise_or_1: b8[64, 64, 4, 4] = aten.bitwise_or.Tensor(gt_3, aten.isnan(unbind_out1_2))
+    del gt_3, unbind_out1_2
+    max_pool2d_with_indices_out0_dot: f32[64, 64, 4, 4] = torch.where(bitwise_or_1, unbind_out1_3,
+        unbind_out0_3)
+    del bitwise_or_1, unbind_out0_3, unbind_out1_3
 
     # module 5
     conv2d_2: f32[64, 64, 4, 4] = aten.conv2d(max_pool2d_with_indices_out0, arg_5_weight,
@@ -118,22 +125,30 @@ def forward(
     del conv2d_3_dot
 
     # module 9
-    (max_pool2d_with_indices_1_out0, max_pool2d_with_indices_1_out1) = aten.max_pool2d_with_indices(
-        relu_3, [2, 2], [2, 2])
+    max_pool2d_with_indices_1_out0: f32[64, 64, 2, 2] = aten.max_pool2d_with_indices(relu_3, [2,
+        2], [2, 2])[0]
+    unbind_out0_4, unbind_out1_4 = aten.unbind.int(aten.unfold(relu_3, -1, 2, 2), -1)
     del relu_3
-    view_6: i64[4, 4] = aten.view(aten.arange(16, device=torch.device("cpu")), [4, 4])
-    unsqueeze_2: i64[64, 64, 2, 2, 1] = aten.unsqueeze(max_pool2d_with_indices_1_out1, 4)
-    del max_pool2d_with_indices_1_out1
-    unfold_6: i64[2, 2, 2, 2] = aten.unfold(aten.unfold(view_6, 0, 2, 2), 1, 2, 2)
-    del view_6
-    unfold_7: f32[64, 64, 2, 2, 2, 2] = aten.unfold(aten.unfold(relu_3_dot, 2, 2, 2), 3, 2, 2)
+    unbind_out0_5, unbind_out1_5 = aten.unbind.int(aten.unfold(relu_3_dot, -1, 2, 2), -1)
     del relu_3_dot
-    eq_1: b8[64, 64, 2, 2, 2, 2] = unfold_6 == aten.unsqueeze(unsqueeze_2, 5)
-    del unfold_6, unsqueeze_2
-    where_1: f32[64, 64, 2, 2, 2, 2] = torch.where(eq_1, unfold_7, 0.0)
-    del eq_1, unfold_7
-    max_pool2d_with_indices_1_out0_dot: f32[64, 64, 2, 2] = aten.sum.dim_IntList(where_1, [-2, -1])
+    gt_6: b8[64, 64, 4, 2] = unbind_out1_4 > unbind_out0_4
+    bitwise_or_2: b8[64, 64, 4, 2] = aten.bitwise_or.Tensor(gt_6, aten.isnan(unbind_out1_4))
+    del gt_6
+    where_1: f32[64, 64, 4, 2] = torch.where(bitwise_or_2, unbind_out1_5, unbind_out0_5)
+    del bitwise_or_2, unbind_out0_5, unbind_out1_5
+    maximum_2: f32[64, 64, 4, 2] = aten.maximum(unbind_out0_4, unbind_out1_4)
+    del unbind_out0_4, unbind_out1_4
+    unbind_out0_6, unbind_out1_6 = aten.unbind.int(aten.unfold(maximum_2, -2, 2, 2), -1)
+    del maximum_2
+    unbind_out0_7, unbind_out1_7 = aten.unbind.int(aten.unfold(where_1, -2, 2, 2), -1)
     del where_1
+    gt_7: b8[64, 64, 2, 2] = unbind_out1_6 > unbind_out0_6
+    del unbind_out0_6
+    bitwise_or_3: b8[64, 64, 2, 2] = aten.bitwise_or.Tensor(gt_7, aten.isnan(unbind_out1_6))
+    del gt_7, unbind_out1_6
+    max_pool2d_with_indices_1_out0_dot: f32[64, 64, 2, 2] = torch.where(bitwise_or_3,
+        unbind_out1_7, unbind_out0_7)
+    del bitwise_or_3, unbind_out0_7, unbind_out1_7
 
     # module 10
     view: f32[64, 256] = aten.view(max_pool2d_with_indices_1_out0, [64, 256])

@@ -84,7 +84,10 @@ MAXIMA: list[tuple[Any, tuple[Any, ...]]] = [
     (aten.max_pool2d_with_indices.default, (X2, [3, 2], [3, 2])),
     (aten.max_pool2d_with_indices.default, (X2, [3, 2], [3, 2], [0, 0], [1, 1], True)),
     (aten.max_pool1d_with_indices.default, (X1, [2])),
+    (aten.max_pool1d_with_indices.default, (X1, [3], [1])),
+    (aten.max_pool2d_with_indices.default, (X2, [4, 5])),
     (aten.max_pool3d_with_indices.default, (X3, [2, 1, 2])),
+    (aten.max_pool3d_with_indices.default, (X3, [2], [1])),
     (aten.max_pool2d_with_indices.default, (X2.to(memory_format=torch.channels_last), [2, 2])),
     (aten.max_pool3d_with_indices.default, (X3, [2, 2, 2], [], [1, 0, 1])),
     (aten.adaptive_max_pool1d.default, (X1, [3])),
@@ -103,6 +106,29 @@ def test_linear(op: Any, args: tuple[Any, ...]) -> None:
 @pytest.mark.parametrize(("op", "args"), MAXIMA)
 def test_maxima(op: Any, args: tuple[Any, ...]) -> None:
     check(op, *args, wrt=(0,), second=args[0] is not TIED)
+
+
+@pytest.mark.parametrize(
+    ("op", "sizes", "strides"),
+    [
+        (aten.max_pool1d_with_indices.default, [3], [2]),
+        (aten.max_pool2d_with_indices.default, [2, 2], []),
+        (aten.max_pool2d_with_indices.default, [3, 2], [1, 2]),
+        (aten.max_pool2d_with_indices.default, [3, 6], []),
+        (aten.max_pool3d_with_indices.default, [2, 3, 2], [1, 2, 3]),
+    ],
+)
+def test_tangents_are_those_of_the_elements_that_torch_takes(
+    op: Any, sizes: list[int], strides: list[int]
+) -> None:
+    """Also of equals, of infinities and of numbers that are none."""
+    values = torch.tensor([-torch.inf, -1.0, -0.0, 0.0, 1.0, torch.inf, torch.nan])
+    at = torch.randint(7, (200, *[6] * len(sizes)), generator=torch.Generator().manual_seed(0))
+    x, d = values[at], torch.arange(at.numel(), dtype=torch.float32).view(at.shape)
+    (_, indices), (out_dot, _) = jvp_by_rule(op, (x, sizes, strides), {}, {0: d})
+    taken = d.flatten(1).gather(1, indices.flatten(1)).view(indices.shape)
+    assert out_dot is not None
+    torch.testing.assert_close(out_dot, taken, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("align_corners", [False, True])
