@@ -68,8 +68,8 @@ def _first_maxima(x: Tensor, d: Tensor, sizes: Sequence[int], strides: Sequence[
         windows = (y.unfold(axis, sizes[axis], strides[axis]).unbind(-1) for y in (x, d))
         (x, *others), (d, *dots) = windows
         for other, dot in zip(others, dots, strict=True):
-            # of equals torch takes the first, of NaNs the last
-            d = torch.where((other > x) | other.isnan(), dot, d)
+            # of equals torch takes the first, of NaNs the last; isnan itself does not vectorise
+            d = torch.where((other > x) | (other != other), dot, d)
             x = torch.maximum(x, other)
     return d
 

@@ -72,9 +72,9 @@ def forward(
     del relu_1
     unbind_out0_1, unbind_out1_1 = aten.unbind.int(aten.unfold(relu_1_dot, -1, 2, 2), -1)
     del relu_1_dot
-    gt_2: b8[64, 64, 8, 4] = unbind_out1 > unbind_out0
-    bitwise_or: b8[64, 64, 8, 4] = aten.bitwise_or.Tensor(gt_2, aten.isnan(unbind_out1))
-    del gt_2
+    ne: b8[64, 64, 8, 4] = unbind_out1 != unbind_out1
+    bitwise_or: b8[64, 64, 8, 4] = aten.bitwise_or.Tensor(unbind_out1 > unbind_out0, ne)
+    del ne
     where: f32[64, 64, 8, 4] = torch.where(bitwise_or, unbind_out1_1, unbind_out0_1)
     del bitwise_or, unbind_out0_1, unbind_out1_1
     unbind_out0_2, unbind_out1_2 = aten.unbind.int(aten.unfold(aten.maximum(unbind_out0,
@@ -82,10 +82,9 @@ def forward(
     del unbind_out0, unbind_out1
     unbind_out0_3, unbind_out1_3 = aten.unbind.int(aten.unfold(where, -2, 2, 2), -1)
     del where
-    gt_3: b8[64, 64, 4, 4] = unbind_out1_2 > unbind_out0_2
-    del unbind_out0_2
-    bitwise_or_1: b8[64, 64, 4, 4] = aten.bitwise_or.Tensor(gt_3, aten.isnan(unbind_out1_2))
-    del gt_3, unbind_out1_2
+    ne_1: b8[64, 64, 4, 4] = unbind_out1_2 != unbind_out1_2
+    bitwise_or_1: b8[64, 64, 4, 4] = aten.bitwise_or.Tensor(unbind_out1_2 > unbind_out0_2, ne_1)
+    del ne_1, unbind_out0_2, unbind_out1_2
     max_pool2d_with_indices_out0_dot: f32[64, 64, 4, 4] = torch.where(bitwise_or_1, unbind_out1_3,
         unbind_out0_3)
     del bitwise_or_1, unbind_out0_3, unbind_out1_3
@@ -131,9 +130,9 @@ def forward(
     del relu_3
     unbind_out0_5, unbind_out1_5 = aten.unbind.int(aten.unfold(relu_3_dot, -1, 2, 2), -1)
     del relu_3_dot
-    gt_6: b8[64, 64, 4, 2] = unbind_out1_4 > unbind_out0_4
-    bitwise_or_2: b8[64, 64, 4, 2] = aten.bitwise_or.Tensor(gt_6, aten.isnan(unbind_out1_4))
-    del gt_6
+    ne_2: b8[64, 64, 4, 2] = unbind_out1_4 != unbind_out1_4
+    bitwise_or_2: b8[64, 64, 4, 2] = aten.bitwise_or.Tensor(unbind_out1_4 > unbind_out0_4, ne_2)
+    del ne_2
     where_1: f32[64, 64, 4, 2] = torch.where(bitwise_or_2, unbind_out1_5, unbind_out0_5)
     del bitwise_or_2, unbind_out0_5, unbind_out1_5
     maximum_2: f32[64, 64, 4, 2] = aten.maximum(unbind_out0_4, unbind_out1_4)
@@ -142,10 +141,9 @@ def forward(
     del maximum_2
     unbind_out0_7, unbind_out1_7 = aten.unbind.int(aten.unfold(where_1, -2, 2, 2), -1)
     del where_1
-    gt_7: b8[64, 64, 2, 2] = unbind_out1_6 > unbind_out0_6
-    del unbind_out0_6
-    bitwise_or_3: b8[64, 64, 2, 2] = aten.bitwise_or.Tensor(gt_7, aten.isnan(unbind_out1_6))
-    del gt_7, unbind_out1_6
+    ne_3: b8[64, 64, 2, 2] = unbind_out1_6 != unbind_out1_6
+    bitwise_or_3: b8[64, 64, 2, 2] = aten.bitwise_or.Tensor(unbind_out1_6 > unbind_out0_6, ne_3)
+    del ne_3, unbind_out0_6, unbind_out1_6
     max_pool2d_with_indices_1_out0_dot: f32[64, 64, 2, 2] = torch.where(bitwise_or_3,
         unbind_out1_7, unbind_out0_7)
     del bitwise_or_3, unbind_out0_7, unbind_out1_7
