@@ -10,6 +10,7 @@ from torch._ops import OpOverload
 aten = torch.ops.aten
 # so few parts are in so few kernels that copies would not pay
 FEW = 8
+_VIEWS = aten.reshape.default, aten.view.default, aten._unsafe_view.default
 
 
 class StepPasses(CustomGraphPass):  # type: ignore[misc]
@@ -19,6 +20,7 @@ class StepPasses(CustomGraphPass):  # type: ignore[misc]
         """Rewrites the graph in place."""
         addends_on_the_way(graph)
         parts_apart(graph)
+        images_in_order(graph)
 
     def uuid(self) -> bytes:
         """What the cache of compiled code knows them by."""
@@ -56,6 +58,25 @@ def parts_apart(graph: fx.Graph) -> None:
         on_cpu = drawn.meta["val"].device.type == "cpu"
         if on_cpu and drawn.target is aten.as_strided.default and len(sizes) > FEW:
             node.target = _as_it_is(aten.split_with_sizes_copy.default)
+
+
+def images_in_order(graph: fx.Graph) -> None:
+    """Has images with channels last put in order before they are flattened, on the CPU.
+
+    Before: `reshape(clone(image), [n, m])`, inlined into a loop over m, which reads numbers one by
+    one. After: `reshape(as_strided(clone(image), ...), [n, m])`: a copy that vectorises.
+    """
+    for node in graph.find_nodes(op="call_function", target=aten.clone.default):
+        image = node.meta["val"]
+        flat = [u for u in node.users if u.target in _VIEWS and u.meta["val"].ndim == 2]
+        known = all(isinstance(size, int) for size in image.shape)
+        if image.device.type == "cpu" and image.ndim > 2 and flat and known:
+            with graph.inserting_after(node):
+                args = node, [*image.shape], [*image.stride()]
+                copy = graph.call_function(aten.as_strided.default, args)
+            copy.meta = dict(node.meta)
+            for user in flat:
+                user.replace_input_with(node, copy)
 
 
 def _as_it_is(op: OpOverload) -> OpOverload:

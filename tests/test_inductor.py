@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch._inductor.utils import fresh_cache, run_and_get_code
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, max_pool2d
 
 from fwdcompile import FGD, Normal, Rademacher
+from fwdcompile.compiling import compiled_step
 from fwdcompile.directions import Directions
-from fwdcompile.inductor import FEW, addends_on_the_way, parts_apart
+from fwdcompile.inductor import FEW, addends_on_the_way, images_in_order, parts_apart
 
 X, Y = torch.linspace(-1, 1, 24).view(4, 6), torch.tensor([0, 1, 2, 1])
 
@@ -81,3 +82,35 @@ def test_parts_of_what_was_drawn_are_apart_where_they_are_many(count: int, drawn
     assert ("split_with_sizes_copy" in graph.code) == (drawn and count > FEW)
     for mine, theirs in zip(graph(x), parts(x), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("shape", "device", "changed"),
+    [((4, 9), "cpu", True), ((2, 2, 9), "cpu", False), ((4, 9), "meta", False)],
+)
+def test_images_are_in_order_before_they_are_flattened(
+    shape: tuple[int, ...], device: str, changed: bool
+) -> None:
+    def flattened(x: Tensor) -> Tensor:
+        y = (2 * x).permute(0, 2, 1).clone(memory_format=torch.contiguous_format)
+        return y.view(shape) + 1
+
+    x = torch.arange(36.0, device=device).view(4, 3, 3)
+    graph = make_fx(flattened)(x)
+    images_in_order(graph.graph)
+    graph.recompile()
+    assert ("as_strided" in graph.code) == changed
+    torch.testing.assert_close(graph(x), flattened(x), rtol=0, atol=0)
+
+
+@pytest.mark.compiled
+def test_flattened_images_are_not_read_number_by_number() -> None:
+    def stacked(x: Tensor) -> Tensor:
+        y = max_pool2d(x, 2)
+        return torch.cat([y.flatten(1), (2 * y).flatten(1)]).mT
+
+    x = torch.randn(8, 16, 18, 18).to(memory_format=torch.channels_last)
+    with fresh_cache():
+        out, (code,) = run_and_get_code(compiled_step(stacked, "default", False), x)
+    assert "maximum(" in code and "max_propagate_nan(" not in code
+    torch.testing.assert_close(out, stacked(x), rtol=0, atol=0)
