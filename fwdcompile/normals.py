@@ -36,8 +36,8 @@ def normals(words: Tensor, angles: Tensor, dtype: torch.dtype) -> Tensor:
 
     Returns:
         `[2, n]` of that dtype. A compiled step has them from polynomials, which agree with torch's
-        functions to float32's rounding: the functions take two thirds of the time there, and each
-        operation of a polynomial is a pass over memory elsewhere.
+        functions to float32's rounding and take less time there; elsewhere each operation of a
+        polynomial would be a pass over memory.
     """
     if dtype == torch.float32 and torch.compiler.is_dynamo_compiling():
         return _of_polynomials(words, angles)
