@@ -14,10 +14,9 @@ from numpy.polynomial import Chebyshev, Polynomial
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .words import stored
+from .words import shift, stored
 
 _Function = Callable[[NDArray[np.float64]], NDArray[np.float64]]
-_WORD = 2**32
 # the bits of the root of 1/2, and of 2^32 times it, as float32
 _ROOT = 0x3F3504F3
 _ROOT_OF_WORDS = _ROOT + (32 << 23)
@@ -42,7 +41,7 @@ def normals(words: Tensor, angles: Tensor, dtype: torch.dtype) -> Tensor:
     if dtype == torch.float32 and torch.compiler.is_dynamo_compiling():
         return _of_polynomials(words, angles)
     radius = torch.sqrt(-2 * torch.log(uniform(words, dtype)))
-    angle = angles.to(dtype) * (2 * math.pi / _WORD)
+    angle = angles.to(dtype) * (2 * math.pi / 2**32)
     return torch.stack([radius * torch.cos(angle), radius * torch.sin(angle)])
 
 
@@ -50,7 +49,7 @@ def uniform(words: Tensor, dtype: torch.dtype) -> Tensor:
     """Numbers in (0, 1], never 0, the same but for rounding in every dtype."""
     # two halves: a float32 of the whole word would round the smallest numbers coarsely
     low = ((words & 0xFFFF).to(dtype) + 0.5) * 2**-16
-    return (((words >> 16) & 0xFFFF).to(dtype) + low) * 2**-16
+    return (shift(words, 16).to(dtype) + low) * 2**-16
 
 
 def _of_polynomials(words: Tensor, angles: Tensor) -> Tensor:

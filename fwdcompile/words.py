@@ -59,9 +59,9 @@ def mix(x: Tensor) -> Tensor:
 
     Shifts and multipliers are those of C. Wellons's search for unbiased hashes, "lowbias32".
     """
-    x = (x ^ _shift(x, 16)) * signed(0x7FEB352D)
-    x = (x ^ _shift(x, 15)) * signed(0x846CA68B)
-    return x ^ _shift(x, 16)
+    x = (x ^ shift(x, 16)) * signed(0x7FEB352D)
+    x = (x ^ shift(x, 15)) * signed(0x846CA68B)
+    return x ^ shift(x, 16)
 
 
 def stored(x: Tensor) -> Tensor:
@@ -69,7 +69,7 @@ def stored(x: Tensor) -> Tensor:
     return x.as_strided(x.shape, x.stride())
 
 
-def _shift(x: Tensor, bits: int) -> Tensor:
+def shift(x: Tensor, bits: int) -> Tensor:
     """Shifts right and fills with zeros; torch's own shift copies the sign bit."""
     return (x >> bits) & ((1 << (32 - bits)) - 1)
 
