@@ -23,6 +23,7 @@ from .errors import (
 from .fgd import FGD, ForwardGradient
 from .forward import Forward
 from .functional import jvp, transform
+from .laplacian import Laplacian, laplacian
 from .lowered import Lowered
 from .saved import Saved, load
 
@@ -37,6 +38,7 @@ __all__ = [
     "ForwardGradient",
     "FwdcompileError",
     "HistoryError",
+    "Laplacian",
     "LossError",
     "Lowered",
     "MismatchError",
@@ -51,6 +53,7 @@ __all__ = [
     "TangentError",
     "distributed",
     "jvp",
+    "laplacian",
     "load",
     "rule",
     "transform",

@@ -80,20 +80,27 @@ def dense(tangents: Tangents) -> dict[str, Tensor | RankOne]:
     return {name: dense_tensor(dot) for name, dot in tangents.items()}
 
 
-def results(program: Program, outs: Sequence[Any], directions: int | None) -> tuple[Any, Any]:
-    """The primal and tangent outputs in the model's structure; None directions mean one, bare."""
+def results(program: Program, outs: Sequence[Any], directions: int | None) -> tuple[Any, Any, Any]:
+    """Primal and tangent outputs, and sums of second derivatives, in the model's structure.
+
+    None directions mean one, whose tangent is bare; of several there is a tuple.
+    """
     outputs: dict[str, Any] = {}
     dots: list[dict[str, Any]] = [{} for _ in range(directions or 1)]
+    ddots: dict[str, Any] = {}
     for slot, out in zip(program.outputs, outs, strict=True):
         if slot.kind == "output":
             outputs[slot.name] = out
         elif slot.kind == "tangent":
             dots[slot.direction][slot.name] = out
+        elif slot.kind == "second":
+            ddots[slot.name] = out
     leaves = tuple((named, name if named else None) for named, name in program.out_spec.leaves)
     tangent_spec = OutSpec(program.out_spec.tree, leaves)
     nothing = dict.fromkeys(outputs)
-    built = [tangent_spec.build(nothing | dot) for dot in dots]
-    return program.out_spec.build(outputs), built[0] if directions is None else tuple(built)
+    built = tuple(tangent_spec.build(nothing | dot) for dot in dots)
+    y_ddot = tangent_spec.build(nothing | ddots)
+    return program.out_spec.build(outputs), built[0] if directions is None else built, y_ddot
 
 
 def _like_primal(name: str, dot: Any, primal: Tensor) -> Tensor | RankOne:

@@ -131,7 +131,8 @@ def _summary(program: Program) -> str:
         return f"{program.title} as a functional program."
     count = len({slot.direction for slot in program.inputs if slot.kind == "tangent"})
     ways = "one direction" if count == 1 else f"{count} directions"
-    return f"{program.title} and its directional derivative in {ways}, in one forward run."
+    also = " and a sum of second ones" if any(s.kind == "second" for s in program.outputs) else ""
+    return f"{program.title} and its directional derivative in {ways}{also}, in one forward run."
 
 
 def _table(name: str, slots: Sequence[Slot]) -> Iterator[str]:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import networkx as nx
 import torch
 from torch import Tensor, fx
-from torch.utils import _pytree as pytree
 
 from .autocast import casts, without_casts
 from .binding import (
@@ -37,6 +35,7 @@ from .nesting import as_primal, tie
 from .parts import Model, modules_of
 from .program import Program, graphs, is_differentiable
 from .pushforward import derive
+from .request import Request, fixed, inputs_key, kinds, suffix
 from .simplify import PASSES, detach_tangents, simplify
 from .sizes import mark_open, serves
 from .stack import forms, groups
@@ -45,6 +44,8 @@ from .transform import transform as transform_program
 
 class Forward:
     """A model with its forward-mode derivative. Make one with `fwdcompile.transform`."""
+
+    nests = True  # whether a transform of it is possible
 
     def __init__(
         self,
@@ -58,6 +59,8 @@ class Forward:
     ) -> None:
         if dynamic and isinstance(model, Forward) and not model.dynamic:
             raise ValueError("give dynamic=True to the innermost transform, which captures")
+        if isinstance(model, Forward) and not (self.nests and model.nests):
+            raise TangentError("a Laplacian is that of a model, and no transform is one of it")
         self.model = model
         self.base: Model = model.base if isinstance(model, Forward) else model
         self.depth: int = model.depth + 1 if isinstance(model, Forward) else 1
@@ -107,12 +110,19 @@ class Forward:
         dots = [check_tangents(one, values, tied) for one in each]
         if self.depth > 1:
             dots = [dense(one) for one in dots]
-        if any(_kinds(other) != _kinds(dots[0]) for other in dots):
+        if any(kinds(other) != kinds(dots[0]) for other in dots):
             raise TangentError("all directions need tangents of the same names and kinds")
         levels = self._inner_levels(inner, dots, values, tied)
-        lowered = self._lowered(args, kwargs, _Request.of(levels, dots, same=inner is None))
+        lowered = self._lowered(args, kwargs, Request.of(levels, dots, same=inner is None))
         for level, inner_dots in enumerate(levels, 1):
-            values |= {f"{name}{_suffix(level)}": dot for name, dot in inner_dots.items()}
+            values |= {f"{name}{suffix(level)}": dot for name, dot in inner_dots.items()}
+        outs = self._run(lowered, values, dots)
+        return results(lowered.program, outs, len(dots) if several else None)[:2]
+
+    def _run(
+        self, lowered: Lowered, values: dict[str, Any], dots: Sequence[Tangents]
+    ) -> tuple[Any, ...]:
+        """Runs a program on named values, and writes those that the model changes in place."""
         if self.compile and replays(self.mode):
             torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
         if self.compile and self.dynamic:
@@ -122,7 +132,7 @@ class Forward:
         with without_casts():
             outs = lowered.function(*tensors)
         store(lowered.program.outputs, outs, values)
-        return results(lowered.program, outs, len(dots) if several else None)
+        return outs
 
     def lower(
         self,
@@ -149,7 +159,7 @@ class Forward:
         names = self._chosen(tangents, values)
         kept = tuple(dict.fromkeys(tied.get(name, name) for name in names))
         outer = tuple(name for name in kept if rank_one and values[name].ndim > 1)
-        request = _Request((kept,) * self.depth, directions, self.depth > 1, outer)
+        request = Request((kept,) * self.depth, directions, self.depth > 1, outer)
         return self._lowered(args, kwargs, request)
 
     def calibrate(self, *args: Any, **kwargs: Any) -> list[Product]:
@@ -162,12 +172,15 @@ class Forward:
         Returns:
             What was measured. The results are kept in a file of the user, `costs_path()`.
         """
-        plain = Forward(self.model, passes=[name for name in self.passes if name != "stack"])
-        lowered = plain.lower(*args, **kwargs)
+        passes = [name for name in self.passes if name != "stack"]
+        lowered = self._plain(passes).lower(*args, **kwargs)
         products = [g.product for graph in graphs(lowered.program.graph) for g in groups(graph)]
         calibrate(products, forms)
         self._cache.clear()
         return products
+
+    def _plain(self, passes: Sequence[str]) -> Forward:
+        return Forward(self.model, passes=passes)
 
     @property
     def program(self) -> Program:
@@ -226,10 +239,8 @@ class Forward:
             raise TangentError(f"inner needs tangents for {count} inner transforms")
         return [dense(check_tangents(level, values, tied)) for level in levels]
 
-    def _lowered(
-        self, args: Sequence[Any], kwargs: Mapping[str, Any], request: _Request
-    ) -> Lowered:
-        key = (self._state_key(), request, *_inputs_key(args, kwargs))
+    def _lowered(self, args: Sequence[Any], kwargs: Mapping[str, Any], request: Request) -> Lowered:
+        key = (self._state_key(), request, *inputs_key(args, kwargs))
         if key not in self._cache:
             served = self._served(key, args, kwargs) if self.dynamic else None
             self._cache[key] = served or self._lower(args, kwargs, request)
@@ -243,7 +254,7 @@ class Forward:
         values, _ = call_values(self.base, args, kwargs)
         for (state, request, leaves, spec), lowered in self._cache.items():
             alike = (state, request, spec) == (key[0], key[1], key[3])
-            if alike and _fixed(leaves) == _fixed(key[2]) and serves(lowered.program, values):
+            if alike and fixed(leaves) == fixed(key[2]) and serves(lowered.program, values):
                 return lowered
         return None
 
@@ -253,12 +264,12 @@ class Forward:
         state = (t for module in modules for t in (*module.parameters(), *module.buffers()))
         return flags, tuple(map(signature_of, state)), casts()
 
-    def _lower(self, args: Sequence[Any], kwargs: Mapping[str, Any], request: _Request) -> Lowered:
+    def _lower(self, args: Sequence[Any], kwargs: Mapping[str, Any], request: Request) -> Lowered:
         captured = self._captured(args, kwargs, request)
         with without_casts():
             transformed = self._transformed(captured, request.levels[-1], request)
             if request.same:
-                transformed = tie(transformed, _suffix(len(request.levels) - 1))
+                transformed = tie(transformed, suffix(len(request.levels) - 1))
             nestable = transformed.copy()
             simplify(nestable.graph, self.passes)
             program = (transformed if transformed.calls else nestable).copy()
@@ -273,17 +284,17 @@ class Forward:
         return generate(program, nestable, stages, self.passes, self._compiled)
 
     def _captured(
-        self, args: Sequence[Any], kwargs: Mapping[str, Any], request: _Request
+        self, args: Sequence[Any], kwargs: Mapping[str, Any], request: Request
     ) -> Program:
         if not isinstance(self.model, Forward):
             active = {name for level in request.levels for name in level}
             return derive(capture(self.model, args, kwargs, self.dynamic, active))
         *inner, _ = request.levels
-        deeper = _Request(tuple(inner), 1, request.same and len(inner) > 1, ())
+        deeper = Request(tuple(inner), 1, request.same and len(inner) > 1, ())
         source = self.model._lowered(args, kwargs, deeper).nestable
-        return as_primal(source, _suffix(len(inner)))
+        return as_primal(source, suffix(len(inner)))
 
-    def _transformed(self, captured: Program, active: Sequence[str], request: _Request) -> Program:
+    def _transformed(self, captured: Program, active: Sequence[str], request: Request) -> Program:
         return transform_program(captured, active, request.directions, request.rank_one)
 
     def _compiled(self, function: Function) -> Function:
@@ -295,38 +306,3 @@ class Forward:
 
 importlib.import_module("fwdcompile.rules")  # fills the table
 importlib.import_module("fwdcompile.registered")  # and tells what makes further rows
-
-
-@dataclass(frozen=True)
-class _Request:
-    """What a caller wants generated: the active names of each level, innermost first."""
-
-    levels: tuple[tuple[str, ...], ...]
-    directions: int
-    same: bool
-    rank_one: tuple[str, ...]
-
-    @staticmethod
-    def of(inner: Sequence[Tangents], dots: Sequence[Tangents], same: bool) -> _Request:
-        levels = tuple(tuple(level) for level in (*inner, dots[0]))
-        rank_one = tuple(name for name, dot in dots[0].items() if isinstance(dot, RankOne))
-        return _Request(levels, len(dots), same and bool(inner) and len(dots) == 1, rank_one)
-
-
-def _kinds(dots: Tangents) -> dict[str, type]:
-    return {name: RankOne if isinstance(dot, RankOne) else Tensor for name, dot in dots.items()}
-
-
-def _suffix(level: int) -> str:
-    """How the tangents of a level are called when the next level sees them as inputs."""
-    return "_dot" if level < 2 else f"_dot{level}"
-
-
-def _inputs_key(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
-    leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
-    return tuple(map(signature_of, leaves)), spec
-
-
-def _fixed(leaves: tuple[Any, ...]) -> tuple[Any, ...]:
-    """What of the inputs is no tensor."""
-    return tuple(leaf if isinstance(leaf[0], type) else None for leaf in leaves)

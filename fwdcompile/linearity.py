@@ -17,7 +17,7 @@ from .program import Program, is_differentiable, is_random, op_name, value
 from .simplify import dce
 from .sizes import Sym
 from .trace import bind_call
-from .transform import _Transform
+from .transform import Walk
 
 
 def not_linear(program: Program, group: str) -> str:
@@ -36,7 +36,7 @@ def not_linear(program: Program, group: str) -> str:
 
 def _not_affine(program: Program, starts: Collection[fx.Node]) -> str:
     """Why the slope along some inputs is not seen to be one for all of their values."""
-    walk = _Transform(program, 1)
+    walk = Walk(program, 1)
     names = [slot.name for node, slot in program.placeholders() if node in starts]
     dual = walk.run(dict.fromkeys(names, range(1)), ())
     for node in downstream(starts):

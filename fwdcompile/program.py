@@ -13,7 +13,9 @@ from torch.utils import _pytree as pytree
 
 # The outputs that the tangent of an input can move, by the name of that input.
 Reached = dict[str, tuple[str, ...]]
-Kind = Literal["parameter", "buffer", "constant", "input", "tangent", "output", "gradient"]
+Kind = Literal[
+    "parameter", "buffer", "constant", "input", "tangent", "output", "second", "gradient"
+]
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,8 @@ class Slot:
     `name` is the parameter's or buffer's qualified name, or the path of an argument or output
     (`x`, `batch.image`, `out.0`). A tangent slot has its primal's name and the number of its
     direction; an output of kind `buffer` or `input` is the new value of something forward changed,
-    one of kind `gradient` the forward gradient of a parameter, by activity perturbation.
+    one of kind `gradient` the forward gradient of a parameter, by activity perturbation, and one of
+    kind `second` the sum of an output's second derivatives along directions.
     `factor` is "u" or "v" where two inputs make one tangent, their outer product.
     """
 

@@ -17,7 +17,7 @@ from .directions import RankOne
 from .emit import execute
 from .errors import TangentError
 from .parts import named_state
-from .program import Slot
+from .program import Kind, Slot
 
 _numbers = itertools.count()
 
@@ -37,7 +37,7 @@ class Saved:
 
     def __call__(
         self, *args: Any, tangents: Tangents | Sequence[Tangents], **kwargs: Any
-    ) -> tuple[Any, Any]:
+    ) -> tuple[Any, ...]:
         """Runs the program as `fwd(*args, tangents=..., **kwargs)` ran it.
 
         Args:
@@ -46,7 +46,9 @@ class Saved:
             kwargs: the model's keyword arguments, in the order they had then.
 
         Returns:
-            `(y, y_dot)`. A dataclass or named tuple comes back as a dict of its fields.
+            `(y, y_dot)`, and `y_ddot` behind them from a program of `laplacian`, whose directions
+            are those of `tangents` and then those of `first`. A dataclass or named tuple comes back
+            as a dict of its fields.
 
         Raises:
             TangentError: other names, shapes or dtypes than the program was made for.
@@ -71,16 +73,11 @@ class Saved:
         with without_casts():
             outs = self._module.forward(*arrange(self._inputs, values, dots))
         store(self._outputs, outs, values)
-        found = dict(zip(self._outputs, outs, strict=True))
-        y = self._build({slot.name: x for slot, x in found.items() if slot.kind == "output"}, True)
-        y_dots = [
-            self._build(
-                {s.name: x for s, x in found.items() if s.kind == "tangent" and s.direction == k},
-                False,
-            )
-            for k in range(len(dots))
-        ]
-        return y, tuple(y_dots) if several else y_dots[0]
+        y = self._build(outs, "output")
+        y_dots = tuple(self._build(outs, "tangent", k) for k in range(len(dots)))
+        pair = y, y_dots if several else y_dots[0]
+        summed = any(slot.kind == "second" for slot in self._outputs)
+        return (*pair, self._build(outs, "second")) if summed else pair
 
     def _values(self, leaves: list[Tensor]) -> dict[str, Any]:
         names = [slot.name for slot in self._inputs if slot.kind == "input"]
@@ -89,10 +86,14 @@ class Saved:
                                f"not {len(leaves)}")  # fmt: skip
         return self._state | dict(zip(names, leaves, strict=True))
 
-    def _build(self, values: dict[str, Any], primal: bool) -> Any:
+    def _build(self, outs: Sequence[Any], kind: Kind, direction: int = 0) -> Any:
+        """The results of a kind in the model's structure."""
+        pairs = zip(self._outputs, outs, strict=True)
+        values = {s.name: x for s, x in pairs if (s.kind, s.direction) == (kind, direction)}
+
         def leaf(name: Any) -> Any:
             if isinstance(name, str) and name.startswith("="):
-                return _fixed(name[1:]) if primal else None
+                return _fixed(name[1:]) if kind == "output" else None
             return values.get(name)
 
         return pytree.tree_map(leaf, self._module.STRUCTURE)

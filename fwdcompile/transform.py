@@ -71,10 +71,12 @@ def transform(
     """
     if not isinstance(active, Mapping):
         active = {name: range(directions) for name in active}
-    return _Transform(program, directions).run(active, rank_one)
+    return Walk(program, directions).run(active, rank_one)
 
 
-class _Transform:
+class Walk:
+    """One walk over a program, for `directions` tangents; `second.py` has another kind of it."""
+
     def __init__(self, program: Program, directions: int) -> None:
         self.program = program
         self.directions = range(directions)
@@ -85,6 +87,7 @@ class _Transform:
         self.places: dict[fx.Node, list[int]] = {}  # of primal results among those of a dual op
 
     def run(self, active: Mapping[str, Collection[int]], rank_one: Collection[str]) -> Program:
+        """Walks; arguments and result are those of `transform`."""
         tangents = self._inputs(active, rank_one)
         for node in self.program.graph.nodes:
             if node.op == "call_function":
@@ -189,17 +192,24 @@ class _Transform:
         if node.target in CONVENTIONS:
             self._call_dual(node)
             return
-        site = self._site(node)
-        with self.recorder.active():
-            dots = [self._dot(site, k) for k in self.directions]
+        dots = self._dots(self._site(node, self.primals[node]))
         if any(dot is not None for dot in dots):
             self.dots[node] = dots
+
+    def _dots(self, site: Site) -> list[Dot]:
+        """The tangents of an op, one for each direction."""
+        with self.recorder.active():
+            return [self._dot(site, k) for k in self.directions]
+
+    def _again(self, program: Program, active: Collection[str], directions: int) -> Program:
+        """A walk over a program that a higher-order op calls."""
+        return transform(program, active, directions)
 
     def _call_dual(self, node: fx.Node) -> None:
         """Lets the copy of a higher-order op compute tangents as well."""
         operands = [arg for group in operands_of(node) for arg in group]
         active = [i for i, arg in enumerate(operands) if arg in self.dots]
-        called = dual(node, active, len(self.directions), transform)
+        called = dual(node, active, len(self.directions), self._again)
         if called.reached:
             dots = {i: self._begin(operands[i], node) for i in called.active}
             copy = self.primals[node]
@@ -227,14 +237,14 @@ class _Transform:
     def _is_active(self, node: fx.Node) -> bool:
         return node in self.dots
 
-    def _site(self, node: fx.Node) -> Site:
+    def _site(self, node: fx.Node, copy: fx.Node) -> Site:
         try:
             row = rule.row_for(node)
         except RuleError as error:
             raise RuleError(f"{_describe(node)}\n  {error}") from error
         if row is None or row.word == "not_implemented":
             raise MissingRuleError(_missing(node, row))
-        return site_of(node, self.primals[node], row, self.recorder)
+        return site_of(node, copy, row, self.recorder)
 
     def _dot(self, site: Site, direction: int) -> Dot:
         bound = bind_call(site.row.op, site.node.args, site.node.kwargs)
@@ -310,12 +320,15 @@ class _Transform:
         names = {copy: node.name for node, copy in self.primals.items()}
         for node in self.graph.nodes:
             if node.meta.get("role") == "tangent":
-                number = node.meta["direction"] if len(self.directions) > 1 else ""
                 factor = f"_{node.meta['factor']}" if node.meta.get("factor") else ""
-                names[node] = f"{node.meta['of']}_dot{number}{factor}"
+                names[node] = node.meta["of"] + self._ending(node.meta["direction"]) + factor
         glue = (node for node in self.graph.nodes if node.meta.get("role") == "glue")
         names |= {node: self._glue_name(node, names) for node in glue if node not in names}
         rename(self.graph, names)
+
+    def _ending(self, direction: int) -> str:
+        """What the name of a tangent has behind that of its primal."""
+        return f"_dot{direction}" if len(self.directions) > 1 else "_dot"
 
     def _glue_name(self, node: fx.Node, names: dict[fx.Node, str]) -> str:
         if node.target is not getitem:

@@ -41,7 +41,7 @@ PROGRAMS: dict[str, Any] = {
         Objective(mlp((1, 8, 8), 10), F.cross_entropy),
         (IMAGES, LABELS),
         "parameters",
-        True,
+        {"rank_one": True},
     ),
     "paper_mlp_activations": (
         ActivityForward(
@@ -61,14 +61,15 @@ PROGRAMS: dict[str, Any] = {
     "flow": (Flow(), (torch.zeros(2, 3, 2), torch.zeros(2, 1)), "inputs"),
     "dropout": (nn.Sequential(nn.Linear(3, 3), nn.Dropout()), (torch.zeros(2, 3),), "parameters"),
     "cond": (Gated(), (torch.zeros(2, 3),), "parameters"),
+    "laplacian": (fwdcompile.laplacian(Mlp()), (torch.zeros(4, 6),), ["x", "x"]),
 }
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_program_is_the_reviewed_one(name: str, request: pytest.FixtureRequest) -> None:
-    model, inputs, tangents, *rank_one = PROGRAMS[name]
+    model, inputs, tangents, *options = PROGRAMS[name]
     fwd = model if isinstance(model, Forward) else fwdcompile.transform(model)
-    fwd.lower(*inputs, tangents=tangents, rank_one=bool(rank_one))
+    fwd.lower(*inputs, tangents=tangents, **dict(*options))
     text = re.sub(r"with torch [\d.]+", "with torch", fwd.code)
     path = GOLDEN / f"{name}.py"
     if request.config.getoption("--regenerate-golden"):

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from oracle import REVIEWED
 from torch import Tensor
@@ -167,9 +168,9 @@ def _flat(out: Any) -> Outputs:
     return tuple(leaf for leaf in pytree.tree_leaves(out) if isinstance(leaf, Tensor))
 
 
-def directions(case: Case) -> dict[int, Tensor]:
+def directions(case: Case, seed: int = 1) -> dict[int, Tensor]:
     """A tangent for each active tensor, by its number."""
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(seed)
     return {i: _random_like(case.tensors[i], generator) for i in case.active}
 
 
@@ -205,6 +206,26 @@ def check(case: Case, rtol: float, atol: float, oracle: str = "jvp") -> None:
             _assert_close(mine, _differences(case, dots, 1e-6), *loose)
         except AssertionError:  # singular values that are as near as 1e-5 turn within that step
             _assert_close(mine, _differences(case, dots, 1e-7), *loose)
+
+
+def check_second(case: Case, rtol: float, atol: float) -> None:
+    """Compares the sum of second derivatives with transforms of a transform, or both refuse.
+
+    Those are checked as first derivatives of first derivatives, by `gradient` and by the rules.
+    """
+    ways = [{f"xs.{i}": dot for i, dot in directions(case, seed).items()} for seed in range(1, 3)]
+    twice = fwdcompile.transform(fwdcompile.transform(case.function))
+    try:
+        each = [seeded(lambda way=way: twice(*case.tensors, tangents=way)) for way in ways]
+    except fwdcompile.FwdcompileError as error:
+        with pytest.raises(type(error)):
+            fwdcompile.laplacian(case.function)(*case.tensors, tangents=ways)
+        return
+    found = seeded(lambda: fwdcompile.laplacian(case.function)(*case.tensors, tangents=ways))
+    y, y_dots = each[0][0][0], tuple(dots for (_, dots), _ in each)
+    seconds = [ddots for _, (_, ddots) in each]
+    y_ddot = tuple(a if a is None else a + b for a, b in zip(*seconds, strict=True))
+    torch.testing.assert_close(found, (y, y_dots, y_ddot), rtol=rtol, atol=atol, equal_nan=True)
 
 
 def _assert_close(mine: list[Tensor], theirs: list[Tensor], rtol: float, atol: float) -> None:

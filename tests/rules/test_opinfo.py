@@ -116,6 +116,13 @@ def test_gradients(name: str) -> None:
             opinfo.check(opinfo.gradient(case), 1e-7, 1e-7)
 
 
+@pytest.mark.parametrize("name", _some(4))
+def test_sums_of_second_derivatives(name: str) -> None:
+    for case in opinfo.cases(ENTRIES[name], limit=SOME):
+        if case.active:
+            opinfo.check_second(case, *TOLERANCES.get(name, (1e-7, 1e-8)))
+
+
 # Entries without a check of variants, and why.
 NO_VARIANTS = {
     **dict.fromkeys(

@@ -1,0 +1,157 @@
+"""What `fwdcompile.laplacian(model)` returns: first derivatives and a sum of second ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .binding import Tangents, call_values, check_name, check_tangents, dense, results
+from .errors import TangentError
+from .forward import Forward
+from .lowered import Lowered
+from .parts import Model
+from .program import Program
+from .request import Request
+from .second import second_order
+from .simplify import PASSES
+
+
+class Laplacian(Forward):
+    """A model with sums of its second derivatives. Make one with `fwdcompile.laplacian`."""
+
+    nests = False
+
+    def __call__(  # type: ignore[override]
+        self,
+        *args: Any,
+        tangents: Sequence[Tangents],
+        first: Sequence[Tangents] = (),
+        **kwargs: Any,
+    ) -> tuple[Any, tuple[Any, ...], Any]:
+        """Computes output, directional derivatives and a sum of second ones in one forward run.
+
+        Args:
+            args: the model's positional arguments.
+            tangents: the directions v of the sum, each a mapping as of `transform`. Along the axes
+                of one input they give its Laplacian; scaled by sqrt(c), an axis counts c times.
+            first: further directions, of which only the first derivative is computed.
+            kwargs: the model's keyword arguments.
+
+        Returns:
+            `(y, y_dots, y_ddot)` in the model's structure. `y_dots` is a tuple with J v for each of
+            `tangents` and of `first`, `y_ddot` the sum over `tangents` of v' H v, for the Hessian H
+            of each element of y.
+
+        Raises:
+            TangentError, CaptureError, MissingRuleError: as `transform`.
+
+        Example:
+            >>> lap = fwdcompile.laplacian(lambda x: (x ** 3).sum(-1))
+            >>> axes = [{"x": e.expand(4, 2)} for e in torch.eye(2)]
+            >>> y, (y_0, y_1), y_ddot = lap(torch.ones(4, 2), tangents=axes)   # y_ddot: 12 each
+        """
+        if isinstance(tangents, Mapping) or not tangents:
+            raise TangentError("tangents is a sequence with a mapping for each direction")
+        values, tied = call_values(self.base, args, kwargs)
+        dots = [dense(check_tangents(one, values, tied)) for one in (*tangents, *first)]
+        request = _Request.along([tuple(one) for one in dots], len(tangents))
+        lowered = self._lowered(args, kwargs, request)
+        return results(lowered.program, self._run(lowered, values, dots), len(dots))
+
+    def lower(  # type: ignore[override]
+        self,
+        *args: Any,
+        tangents: Sequence[str | Sequence[str]],
+        first: Sequence[str | Sequence[str]] = (),
+        **kwargs: Any,
+    ) -> Lowered:
+        """Captures and generates ahead of the first call; nothing is computed.
+
+        Args:
+            args: example positional arguments.
+            tangents: for each direction of a call the name, or names, that have a tangent.
+            first: the same of further directions.
+            kwargs: example keyword arguments.
+
+        Returns:
+            The generated program; `code`, `stages` and `graph()` of this object show it, too.
+        """
+        values, tied = call_values(self.base, args, kwargs)
+        moved = []
+        for names in (*tangents, *first):
+            each = (names,) if isinstance(names, str) else tuple(names)
+            for name in each:
+                check_name(name, values)
+            moved.append(tuple(dict.fromkeys(tied.get(name, name) for name in each)))
+        return self._lowered(args, kwargs, _Request.along(moved, len(tangents)))
+
+    def _plain(self, passes: Sequence[str]) -> Forward:
+        return Laplacian(self.model, passes=passes)
+
+    def _transformed(self, captured: Program, active: Sequence[str], request: Request) -> Program:
+        assert isinstance(request, _Request)
+        moved = request.moved
+        ways = {name: [k for k, names in enumerate(moved) if name in names] for name in active}
+        return second_order(captured, ways, len(moved), range(request.curved))
+
+
+@dataclass(frozen=True)
+class _Request(Request):
+    """The names that move in each direction, and how many of the directions are in the sum."""
+
+    moved: tuple[tuple[str, ...], ...]
+    curved: int
+
+    @staticmethod
+    def along(moved: Sequence[tuple[str, ...]], curved: int) -> _Request:
+        names = tuple(dict.fromkeys(name for each in moved for name in each))
+        return _Request((names,), len(moved), False, (), tuple(moved), curved)
+
+
+def laplacian(
+    model: Model,
+    *,
+    tracks_grad: bool = True,
+    compile: bool = False,
+    mode: str = "default",
+    passes: Sequence[str] = tuple(PASSES),
+    dynamic: bool = False,
+) -> Laplacian:
+    """Makes the version of a model that computes a Laplacian; nothing is traced before a call.
+
+    Second derivatives along K directions are added up as they pass through the model, so that they
+    take K + 2 times the model's linear work, where a transform of a transform takes 3 K, and the
+    trace of a Hessian by reverse mode more. The program is differentiable by autograd, as the loss
+    of a physics-informed network needs it.
+
+    Args:
+        model: an nn.Module, or a function of tensors and pytrees.
+        tracks_grad: as of `transform`, like the rest.
+        compile: runs the program through torch.compile.
+        mode: of torch.compile.
+        passes: simplifying passes to take, in order.
+        dynamic: one program serves every batch size from 2.
+
+    Returns:
+        A callable `lap(*inputs, tangents=[...], first=[...])` that gives `(y, y_dots, y_ddot)`.
+
+    Raises:
+        TangentError: `model` is a transform.
+
+    Example:
+        >>> lap = fwdcompile.laplacian(model)
+        >>> u, (u_x, u_t), u_xx = lap(x, t, tangents=[{"x": ones}], first=[{"t": ones}])
+
+    Source: Li et al. (2023), "Forward Laplacian: a new computational framework for neural
+    network-based variational Monte Carlo", and Dangel et al. (2025), "Collapsing Taylor Mode
+    Automatic Differentiation".
+    """
+    return Laplacian(
+        model,
+        tracks_grad=tracks_grad,
+        compile=compile,
+        mode=mode,
+        passes=passes,
+        dynamic=dynamic,
+    )
