@@ -1,8 +1,7 @@
 """A physics-informed network for the heat equation u_t = u_xx / 10, against the exact solution.
 
-u_x and u_xx come from the transform of a transform, u_t from a transform: exact derivatives, no
-graph of the backward pass kept for a second one. The weights are trained by backpropagation through
-the generated programs.
+u_t and u_xx come from one program, in one forward run: exact derivatives, no graph of the backward
+pass kept for a second one. The weights are trained by backpropagation through that program.
 
     python examples/pinn.py [FILE.png]
 """
@@ -42,15 +41,13 @@ def exact(x: Tensor, t: Tensor) -> Tensor:
 def train(steps: int, points: int = 256) -> Rod:
     """Makes u_t - u_xx / 10 small at random points of [0, 1] x [0, 1]."""
     model = Rod().double()
-    along = fwdcompile.transform(model)
-    twice = fwdcompile.transform(along)
+    derivatives = fwdcompile.laplacian(model)
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     ones = torch.ones(points, 1, dtype=torch.float64)
     for step in range(steps):
         x, t = torch.rand(2, points, 1, dtype=torch.float64)
-        _, u_t = along(x, t, tangents={"t": ones})
-        _, (_, u_xx) = twice(x, t, tangents={"x": ones})
+        _, (_, u_t), u_xx = derivatives(x, t, tangents=[{"x": ones}], first=[{"t": ones}])
         loss = (u_t - ALPHA * u_xx).square().mean()
         optimizer.zero_grad()
         loss.backward()

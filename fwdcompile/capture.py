@@ -31,6 +31,7 @@ from .hazards import (
     refuse_scripts,
     user_source_lines,
 )
+from .inside import captured_with_inner
 from .literals import known_literals
 from .parts import (
     Model,
@@ -83,13 +84,17 @@ def capture(
     """
     if torch.is_inference_mode_enabled():
         active = ()
+
+    def tried(active: Collection[str]) -> Program:
+        return captured_with_inner(lambda: _captured(model, args, kwargs, dynamic, active))
+
     try:
-        return _captured(model, args, kwargs, dynamic, active)
+        return tried(active)
     except CaptureError:
         if not active:
             raise
     # autograd refuses some writes to inputs and views, and ops that have no backward
-    return _captured(model, args, kwargs, dynamic, ())
+    return tried(())
 
 
 def _captured(

@@ -21,7 +21,8 @@ from .statements import WIDTH, Writer, quoted
 from .subgraph import CONVENTIONS, called, function_names
 
 _INDENT = "    "
-_UNTRACKED = (
+# A program with a `torch.autograd.Function` has these lines.
+UNTRACKED = (
     "# The derivative of a torch.autograd.Function is in the tangents; autograd would not see it.",
     "@torch.no_grad()",
 )
@@ -59,7 +60,7 @@ def emit(program: Program, passes: Sequence[str] = ()) -> str:
         *_constants(program),
         "",
         *_called(program.graph, names),
-        *(_UNTRACKED if program.calls else ()),
+        *(UNTRACKED if program.calls else ()),
         *_function(program, names),
         "",
         "",

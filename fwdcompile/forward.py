@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-import networkx as nx
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from .autocast import casts, without_casts
 from .binding import (
@@ -29,10 +27,11 @@ from .compiling import replays
 from .costs import Product, calibrate
 from .custom import dissolve, refuse_autograd
 from .directions import RankOne
-from .errors import FwdcompileError, TangentError
-from .lowered import Function, Lowered, generate
+from .errors import TangentError
+from .inside import UNREPEATED, ask_for, is_capturing, refuse_open_sizes, refused
+from .lowered import Function, Lowered, Shown, generate
 from .nesting import as_primal, tie
-from .parts import Model, modules_of
+from .parts import Derived, Model, modules_of
 from .program import Program, graphs, is_differentiable
 from .pushforward import derive
 from .request import Request, fixed, inputs_key, kinds, suffix
@@ -42,7 +41,7 @@ from .stack import forms, groups
 from .transform import transform as transform_program
 
 
-class Forward:
+class Forward(Derived, Shown):
     """A model with its forward-mode derivative. Make one with `fwdcompile.transform`."""
 
     nests = True  # whether a transform of it is possible
@@ -61,6 +60,7 @@ class Forward:
             raise ValueError("give dynamic=True to the innermost transform, which captures")
         if isinstance(model, Forward) and not (self.nests and model.nests):
             raise TangentError("a Laplacian is that of a model, and no transform is one of it")
+        self._lasts = not is_capturing()
         self.model = model
         self.base: Model = model.base if isinstance(model, Forward) else model
         self.depth: int = model.depth + 1 if isinstance(model, Forward) else 1
@@ -70,7 +70,8 @@ class Forward:
         self.passes = tuple(passes)
         self.dynamic: bool = model.dynamic if isinstance(model, Forward) else dynamic
         self._cache: dict[Any, Lowered] = {}
-        self._last: Lowered | None = None
+        self._asked: set[Any] = set()
+        self._last = None
 
     def __call__(
         self,
@@ -123,6 +124,8 @@ class Forward:
         self, lowered: Lowered, values: dict[str, Any], dots: Sequence[Tangents]
     ) -> tuple[Any, ...]:
         """Runs a program on named values, and writes those that the model changes in place."""
+        if is_capturing():
+            return self._run_inside(lowered, values, dots)
         if self.compile and replays(self.mode):
             torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
         if self.compile and self.dynamic:
@@ -131,6 +134,17 @@ class Forward:
         refuse_autograd(lowered.program, tensors)
         with without_casts():
             outs = lowered.function(*tensors)
+        store(lowered.program.outputs, outs, values)
+        return outs
+
+    def _run_inside(
+        self, lowered: Lowered, values: dict[str, Any], dots: Sequence[Tangents]
+    ) -> tuple[Any, ...]:
+        """Makes a program a part of the one that is being captured."""
+        if lowered.program.calls:
+            raise refused(UNREPEATED)
+        with torch.compiler.set_stance("force_eager"), without_casts():
+            outs = lowered.function(*arrange(lowered.program.inputs, values, dots))
         store(lowered.program.outputs, outs, values)
         return outs
 
@@ -177,38 +191,11 @@ class Forward:
         products = [g.product for graph in graphs(lowered.program.graph) for g in groups(graph)]
         calibrate(products, forms)
         self._cache.clear()
+        self._asked.clear()
         return products
 
     def _plain(self, passes: Sequence[str]) -> Forward:
         return Forward(self.model, passes=passes)
-
-    @property
-    def program(self) -> Program:
-        """The program generated last."""
-        return self._latest().program
-
-    @property
-    def code(self) -> str:
-        """Source text of the program generated last."""
-        return self._latest().code
-
-    @property
-    def stages(self) -> dict[str, fx.Graph]:
-        """The graphs after `capture`, `transform` and `simplify` of the program generated last."""
-        return self._latest().stages
-
-    def graph(self) -> nx.DiGraph[str]:
-        """The program generated last as a networkx graph."""
-        return self._latest().graph()
-
-    def save(self, path: str | Path) -> None:
-        """Writes the program generated last to a Python file that needs torch alone."""
-        Path(path).write_text(self.code)
-
-    def _latest(self) -> Lowered:
-        if self._last is None:
-            raise FwdcompileError("nothing is captured yet: call it, or use .lower(*inputs)")
-        return self._last
 
     def _chosen(self, tangents: str | Iterable[str], values: dict[str, Any]) -> list[str]:
         modules = modules_of(self.base)
@@ -240,12 +227,29 @@ class Forward:
         return [dense(check_tangents(level, values, tied)) for level in levels]
 
     def _lowered(self, args: Sequence[Any], kwargs: Mapping[str, Any], request: Request) -> Lowered:
+        if is_capturing():
+            refuse_open_sizes((args, kwargs))
         key = (self._state_key(), request, *inputs_key(args, kwargs))
         if key not in self._cache:
+            if is_capturing():
+                self._ask(key, args, kwargs, request)
             served = self._served(key, args, kwargs) if self.dynamic else None
             self._cache[key] = served or self._lower(args, kwargs, request)
         self._last = self._cache[key]
         return self._last
+
+    def _ask(self, key: Any, args: Any, kwargs: Any, request: Request) -> None:
+        """Has a program made for the model that calls this one, outside of its capture."""
+        if not self._lasts:
+            raise refused("it is made anew in each call; make it once, outside of forward")
+        if key in self._asked:
+            raise refused("forward sets training flags, or autocast, that do not hold outside")
+
+        def make(args: Any, kwargs: Any) -> None:
+            self._lowered(args, kwargs, request)
+            self._asked.add(key)
+
+        ask_for(make, args, kwargs)
 
     def _served(
         self, key: tuple[Any, ...], args: Sequence[Any], kwargs: Mapping[str, Any]

@@ -7,12 +7,14 @@ import sys
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import networkx as nx
 from torch import fx
 
 from .emit import emit, execute
+from .errors import FwdcompileError
 from .graph import program_graph
 from .program import Program
 
@@ -40,6 +42,40 @@ class Lowered:
     def graph(self) -> nx.DiGraph[str]:
         """The program as a networkx graph; see `fwdcompile.graph.program_graph`."""
         return program_graph(self.program)
+
+
+class Shown:
+    """What generates programs, and shows the one that it generated last."""
+
+    _last: Lowered | None
+
+    @property
+    def program(self) -> Program:
+        """The program generated last."""
+        return self._latest().program
+
+    @property
+    def code(self) -> str:
+        """Source text of the program generated last."""
+        return self._latest().code
+
+    @property
+    def stages(self) -> dict[str, fx.Graph]:
+        """The graphs after `capture`, `transform` and `simplify` of the program generated last."""
+        return self._latest().stages
+
+    def graph(self) -> nx.DiGraph[str]:
+        """The program generated last as a networkx graph."""
+        return self._latest().graph()
+
+    def save(self, path: str | Path) -> None:
+        """Writes the program generated last to a Python file that needs torch alone."""
+        Path(path).write_text(self.code)
+
+    def _latest(self) -> Lowered:
+        if self._last is None:
+            raise FwdcompileError("nothing is captured yet: call it, or use .lower(*inputs)")
+        return self._last
 
 
 _numbers = itertools.count()

@@ -16,6 +16,12 @@ from .objective import Objective
 Model = Callable[..., Any]
 
 
+class Derived:
+    """What is made of a model and called in its place, as a transform is."""
+
+    base: Model
+
+
 def modules_of(model: Model) -> dict[str, nn.Module]:
     """The modules a model consists of, by the prefix of their parameters' names."""
     if isinstance(model, nn.Module):
@@ -33,6 +39,9 @@ def modules_of(model: Model) -> dict[str, nn.Module]:
         for name, thing in (*variables.nonlocals.items(), *variables.globals.items()):
             if isinstance(thing, nn.Module):
                 found[name] = thing
+            elif isinstance(thing, Derived):
+                inner = modules_of(thing.base).items()
+                found |= {f"{name}_{prefix}".rstrip("_"): module for prefix, module in inner}
     return found
 
 

@@ -14,8 +14,9 @@ from torch.utils import _pytree as pytree
 from .autocast import without_casts
 from .binding import Tangents, arrange, check_tangents, store, tied_names
 from .directions import RankOne
-from .emit import execute
+from .emit import UNTRACKED, execute
 from .errors import TangentError
+from .inside import UNREPEATED, is_capturing, refused
 from .parts import named_state
 from .program import Kind, Slot
 
@@ -52,7 +53,10 @@ class Saved:
 
         Raises:
             TangentError: other names, shapes or dtypes than the program was made for.
+            CaptureError: a model calls it that is captured, and it has a torch.autograd.Function.
         """
+        if is_capturing() and UNTRACKED[0] in self.code:
+            raise refused(UNREPEATED)
         values = self._values([x for x in pytree.tree_leaves((args, kwargs)) if _is_tensor(x)])
         tied = tied_names(self._state)
         several = not isinstance(tangents, Mapping)

@@ -13,6 +13,7 @@ import attention
 import beyond_torch
 import capture
 import distributed
+import laplacian
 import pytest
 import scaling
 import torch
@@ -83,6 +84,40 @@ def test_rules_page_keeps_the_derivative_of_a_function() -> None:
     torch.testing.assert_close(names["y_dot"], x_dot * (x.abs() < 1))
 
 
+class Wave(torch.nn.Module):
+    """w sin(x) cos(y) exp(t)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = torch.nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor | None = None) -> Any:
+        return self.w * x.sin() * t.exp() * (1.0 if y is None else y.cos())
+
+
+@pytest.mark.compiled
+def test_derivatives_page_trains_on_a_laplacian() -> None:
+    class Plane(Wave):
+        def forward(self, x: torch.Tensor, y: torch.Tensor, t: torch.Tensor) -> Any:
+            return super().forward(x, t, y)
+
+    model, (x, y, t) = Plane(), torch.rand(3, 5)
+    names = {"torch": torch, "fwdcompile": fwdcompile, "model": model, "x": x, "y": y, "t": t}
+    exec(blocks("docs/derivatives.md")[0], names)
+    u = model(x, y, t)
+    torch.testing.assert_close(names["u_xx_yy"], -2 * u)
+    torch.testing.assert_close(model.w.grad, 2 * (9 * u * u).mean() / model.w)
+
+
+def test_derivatives_page_trains_without_a_backward_pass() -> None:
+    net, (x, t) = Wave(), torch.rand(2, 5)
+    names = {"torch": torch, "nn": torch.nn, "fwdcompile": fwdcompile, "net": net, "x": x, "t": t}
+    before = net(x, t).detach()
+    exec(blocks("docs/derivatives.md")[1].replace("lr=1e-3", "lr=1e-3, compile=False"), names)
+    torch.testing.assert_close(names["loss"], (1.1 * before).square().mean())
+    assert net.w < 2
+
+
 @pytest.mark.skipif(not REVIEWED, reason="the page has the ops of torch 2.13")
 def test_coverage_page_has_the_rows_of_the_table() -> None:
     def ends(page: str) -> list[str]:
@@ -99,6 +134,7 @@ def test_coverage_page_has_the_rows_of_the_table() -> None:
         (zoo, "zoo-cpu.json", "docs/models.md"),
         (capture, "capture-cpu.json", "docs/results/capture-cpu.md"),
         (attention, "attention-cpu.json", "docs/results/attention-cpu.md"),
+        (laplacian, "laplacian-cpu.json", "docs/results/laplacian-cpu.md"),
         (distributed, "distributed-cpu.json", "docs/results/distributed-cpu.md"),
         (scaling, "scaling.json", "docs/results/scaling.md"),
         (without_torch, "without-torch-cpu.json", "docs/results/without-torch-cpu.md"),

@@ -1,0 +1,153 @@
+"""Time of a Laplacian, and of training on one: one program against the other ways there are.
+
+    python benchmarks/laplacian.py [--fields "3 inputs"] [--pairs 24] [--out docs/results]
+
+Everything runs in one process; ways take turns, and a ratio is the median over paired turns. JAX
+comes last, as its threads spin on, and takes turns with `fwdcompile.laplacian` alone. A way whose
+Laplacian is not that of autograd in float64 is not timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import importlib
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from fields import FIELDS, OURS, WAYS, backward_twice, loss
+from results import RESULTS, Cells, hardware, header, load, prepare, publish, refusal
+from torch import Tensor, nn
+from torch._inductor.utils import fresh_cache
+
+from fwdcompile.measure import ratio, take_turns, timed
+
+CPU = torch.device("cpu")
+JAX = ("jax.hessian, jitted", "jax jet, jitted")
+TASKS = {"evaluated": "u, its slopes and its Laplacian", "trained": "the gradient of their loss"}
+PAUSE = 0.02
+TURN = 2  # runs between two looks at the clock
+WRONG = 1e-3
+Run = Callable[[], Any]
+
+
+def start(way: str, model: nn.Module, x: Tensor, task: str) -> tuple[Run, float]:
+    """One turn of a way, and the seconds of the first; the numbers of the first are checked."""
+    if way in JAX:
+        run = importlib.import_module("fields_jax").run_of(way, model, x, task == "trained")
+        return run, timed(run, 1, CPU)
+    derivatives, parameters = WAYS[way](model, x), list(model.parameters())
+
+    @torch.no_grad()
+    def evaluate() -> Any:
+        return derivatives(x)
+
+    def train() -> Any:
+        return torch.autograd.grad(loss(derivatives(x)), parameters)
+
+    run = train if task == "trained" else evaluate
+    seconds = timed(run, 1, CPU)
+    if (error := _error(derivatives, model, x)) > WRONG:
+        raise ArithmeticError(f"its Laplacian is wrong by {error:.0%}")
+    return run, seconds
+
+
+def _error(derivatives: Callable[[Tensor], Any], model: nn.Module, x: Tensor) -> float:
+    """Of the Laplacian, relative to the largest."""
+    with torch.no_grad():
+        found = derivatives(x)[2].detach()
+    model.double()
+    expected = backward_twice(model, x)(x.double())[2].detach()
+    model.float()
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+def measure(field: str, task: str, pairs: int, ways: list[str]) -> Cells:
+    """Milliseconds, seconds of the first turn and the ratio to ours; or why there are none."""
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    gc.collect()
+    model, x = FIELDS[field].make(), torch.randn(FIELDS[field].batch, FIELDS[field].inputs)
+    runs: dict[str, Run] = {}
+    first: dict[str, float] = {}
+    cells: Cells = {}
+    for group in ([way for way in ways if way not in JAX], [way for way in ways if way in JAX]):
+        for way in group:
+            try:
+                runs[way], first[way] = start(way, model, x, task)
+            except Exception as error:
+                cells[way] = refusal(error)
+        taking = {way: runs[way] for way in (OURS, *group) if way in runs}
+        turns = take_turns(taking, TURN, CPU, pairs, PAUSE if group and group[0] in JAX else 0.0)
+        for way in (way for way in group if way in runs):
+            cells[way] = {
+                "ms": statistics.median(turns[way]) * 1e3,
+                "first, seconds": first[way],
+                "ratio": ratio(turns, way, OURS),
+            }
+    return cells
+
+
+def page(result: dict[str, Any]) -> str:
+    """The result as Markdown."""
+    fields = result["works"]
+    parts = []
+    for task, what in TASKS.items():
+        parts.append(
+            _table(f"{what}, ms", fields, task, lambda c: f"{c['ms']:.2f} ({c['ratio']:.2f})")
+        )
+    for task, what in TASKS.items():
+        title = f"{what}, seconds of the first"
+        parts.append(_table(title, fields, task, lambda c: f"{c['first, seconds']:.1f}"))
+    parts += [
+        f"- {field}, {way}, {task}: `{cell['refused']}`"
+        for field, entry in fields.items()
+        for task in TASKS
+        for way, cell in entry[task].items()
+        if "refused" in cell
+    ]
+    sizes = ", ".join(f"{name} {entry['batch']}" for name, entry in fields.items())
+    entry = next(iter(fields.values()))
+    machine = entry["environment"]
+    parts.append(
+        f"\nIn brackets the ratio to `{OURS}`. Points: {sizes}. {hardware(entry)}, "
+        f"{machine['threads']} threads, torch {machine['torch']}, JAX {machine['jax']}, float32. "
+        "Written by `make bench-laplacian`.\n"
+    )
+    return "\n".join(parts)
+
+
+def _table(
+    title: str, fields: dict[str, Any], task: str, text: Callable[[dict[str, Any]], str]
+) -> str:
+    rows = [f"| {title} | {' | '.join(fields)} |", "|---" * (1 + len(fields)) + "|"]
+    for way in (*WAYS, *JAX):
+        cells = [entry[task].get(way) for entry in fields.values()]
+        if any(cells):
+            texts = ("" if c is None else "-" if "refused" in c else text(c) for c in cells)
+            rows.append(f"| {way} | {' | '.join(texts)} |")
+    return "\n".join(rows) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--fields", default=",".join(FIELDS))
+    parser.add_argument("--pairs", type=int, default=24, help="turns that each way takes")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    prepare("float32")
+    found = load(options.out / "laplacian-cpu.json")["works"]
+    for field in options.fields.split(","):
+        entry = header(field, FIELDS[field].batch, "float32", "cpu")
+        with fresh_cache():  # so that the first turn finds nothing compiled
+            tasks = {task: measure(field, task, options.pairs, [*WAYS, *JAX]) for task in TASKS}
+        found[field] = entry | {"pairs": options.pairs} | tasks
+        result = {"works": {name: found[name] for name in FIELDS if name in found}}
+        publish(options.out, "laplacian-cpu", result, page(result))
+
+
+if __name__ == "__main__":
+    main()
