@@ -20,7 +20,7 @@ from torch import Tensor, fx
 from . import rule
 from .apply import through
 from .errors import LossError
-from .forward import Forward
+from .forward import StepForward
 from .lowered import Lowered
 from .parts import Model
 from .program import Program, Slot, identifier, output_nodes, outputs_reached, rename, value
@@ -236,7 +236,7 @@ def _weighted(direction: Tensor, slope: Tensor, clip: float | None) -> Tensor:
     return direction * (slope.mean() if slope.ndim else slope)
 
 
-class ActivityForward(Forward):
+class ActivityForward(StepForward):
     """A program of an objective that returns gradients by activity perturbation beside the loss."""
 
     def __init__(

@@ -49,6 +49,9 @@ def _intermediate(x: Tensor, inputs: list[Tensor]) -> Tensor:
 _attached.register_fake(lambda outs, *_: list(map(empty, outs)))
 _intermediate.register_fake(lambda x, _: empty(x))
 
+# Why autograd cannot go through a program with one.
+FUNCTION = "a torch.autograd.Function, the derivative is in the tangents alone"
+
 attached = torch.ops.fwdcompile.attached.default
 intermediate = torch.ops.fwdcompile.intermediate.default
 
@@ -253,17 +256,16 @@ def _replace(node: fx.Node, source: Any) -> None:
 
 
 def refuse_autograd(program: Program, tensors: Sequence[Tensor]) -> None:
-    """Refuses to run a program whose Functions autograd would differentiate op by op.
+    """Refuses to run a program that autograd, which would record the run, cannot go through.
 
     Raises:
-        FwdcompileError: autograd, or torch's own forward mode, would record the run.
+        FwdcompileError: autograd, or torch's own forward mode, would differentiate it op by op.
     """
-    if not program.calls:
+    if not program.sealed:
         return
     recorded = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     if recorded or forward_ad._current_level >= 0:
         raise FwdcompileError(
-            f"{program.calls[0].name} is a torch.autograd.Function, whose derivative this program "
-            "has in its tangents alone: autograd cannot go through it. Call it under "
+            f"Autograd cannot go through this program: {program.sealed}. Call it under "
             "torch.no_grad(), and not inside torch.func.jvp."
         )

@@ -21,11 +21,7 @@ from .statements import WIDTH, Writer, quoted
 from .subgraph import CONVENTIONS, called, function_names
 
 _INDENT = "    "
-# A program with a `torch.autograd.Function` has these lines.
-UNTRACKED = (
-    "# The derivative of a torch.autograd.Function is in the tangents; autograd would not see it.",
-    "@torch.no_grad()",
-)
+UNTRACKED = "# Not for autograd: "  # and the reason
 
 
 def emit(program: Program, passes: Sequence[str] = ()) -> str:
@@ -60,7 +56,7 @@ def emit(program: Program, passes: Sequence[str] = ()) -> str:
         *_constants(program),
         "",
         *_called(program.graph, names),
-        *(UNTRACKED if program.calls else ()),
+        *([f"{UNTRACKED}{program.sealed}.", "@torch.no_grad()"] if program.sealed else []),
         *_function(program, names),
         "",
         "",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,15 +26,16 @@ from .calls import settle
 from .capture import capture
 from .compiling import replays
 from .costs import Product, calibrate
-from .custom import dissolve, refuse_autograd
+from .custom import FUNCTION, dissolve, refuse_autograd
 from .directions import RankOne
 from .errors import TangentError
-from .inside import UNREPEATED, ask_for, is_capturing, refuse_open_sizes, refused
+from .inside import ask_for, is_capturing, refuse_open_sizes, refused
 from .lowered import Function, Lowered, Shown, generate
 from .nesting import as_primal, tie
 from .parts import Derived, Model, modules_of
 from .program import Program, graphs, is_differentiable
 from .pushforward import derive
+from .remake import remake
 from .request import Request, fixed, inputs_key, kinds, suffix
 from .simplify import PASSES, detach_tangents, simplify
 from .sizes import mark_open, serves
@@ -45,6 +47,7 @@ class Forward(Derived, Shown):
     """A model with its forward-mode derivative. Make one with `fwdcompile.transform`."""
 
     nests = True  # whether a transform of it is possible
+    differentiable = True  # whether autograd may go through its programs
 
     def __init__(
         self,
@@ -142,7 +145,7 @@ class Forward(Derived, Shown):
     ) -> tuple[Any, ...]:
         """Makes a program a part of the one that is being captured."""
         if lowered.program.calls:
-            raise refused(UNREPEATED)
+            raise refused(lowered.program.sealed)
         with torch.compiler.set_stance("force_eager"), without_casts():
             outs = lowered.function(*arrange(lowered.program.inputs, values, dots))
         store(lowered.program.outputs, outs, values)
@@ -281,11 +284,19 @@ class Forward(Derived, Shown):
                 dissolve(program.graph)
                 simplify(program.graph, self.passes)
         stages = {"capture": captured.graph, "transform": transformed.graph}
+        sealed = self._sealed(program)
         if not self.tracks_grad:
             detach_tangents(program.graph)
         settle(program.graph)
         stages["simplify"] = program.graph
+        program = replace(program, sealed=sealed)
         return generate(program, nestable, stages, self.passes, self._compiled)
+
+    def _sealed(self, program: Program) -> str:
+        """Lets autograd through a program, or says why it cannot go."""
+        if program.calls:
+            return f"of {program.calls[0].name}, {FUNCTION}"
+        return remake(program.graph) if self.tracks_grad and self.differentiable else ""
 
     def _captured(
         self, args: Sequence[Any], kwargs: Mapping[str, Any], request: Request
@@ -306,6 +317,12 @@ class Forward(Derived, Shown):
             return function
         dynamic = None if self.dynamic else False
         return torch.compile(function, fullgraph=True, dynamic=dynamic, mode=self.mode)
+
+
+class StepForward(Forward):
+    """A transform whose programs run in steps, where autograd does not go."""
+
+    differentiable = False
 
 
 importlib.import_module("fwdcompile.rules")  # fills the table

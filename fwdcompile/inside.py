@@ -21,7 +21,6 @@ from .errors import CaptureError
 from .hazards import here
 
 T = TypeVar("T")
-UNREPEATED = "it has a torch.autograd.Function, whose derivative is in its tangents alone"
 
 
 class _Wanted(BaseException):

@@ -65,6 +65,7 @@ class Program:
         aliases: second names of tied parameters, each with the name its value goes by.
         calls: of `torch.autograd.Function`, see `custom.py`.
         literals: names of the constants that the model itself makes of numbers.
+        sealed: why autograd cannot go through the program; empty where it can.
     """
 
     graph: fx.Graph
@@ -76,6 +77,7 @@ class Program:
     aliases: dict[str, str] = field(default_factory=dict)
     calls: tuple[Any, ...] = ()
     literals: frozenset[str] = frozenset()
+    sealed: str = ""
 
     def placeholders(self) -> Iterator[tuple[fx.Node, Slot]]:
         """Pairs each placeholder with its slot."""

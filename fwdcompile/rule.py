@@ -65,6 +65,10 @@ lowerings: dict[OpOverload, Callable[..., Any]] = {}
 # for capture: it takes the op's arguments and returns empty tensors.
 shapes: dict[OpOverload, Callable[..., Any]] = {}
 
+# Ops whose further outputs autograd takes for constants, with a function of the op's arguments that
+# makes them by ops that autograd differentiates: a tuple, None for an output that it knows.
+remade: dict[OpOverload, Callable[..., tuple[Any, ...]]] = {}
+
 Maker = Callable[[fx.Node], Rule | None]
 _makers: list[Maker] = []
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from .binding import Tangents, arrange, check_tangents, store, tied_names
 from .directions import RankOne
 from .emit import UNTRACKED, execute
 from .errors import TangentError
-from .inside import UNREPEATED, is_capturing, refused
+from .inside import is_capturing, refused
 from .parts import named_state
 from .program import Kind, Slot
 
@@ -55,8 +56,9 @@ class Saved:
             TangentError: other names, shapes or dtypes than the program was made for.
             CaptureError: a model calls it that is captured, and it has a torch.autograd.Function.
         """
-        if is_capturing() and UNTRACKED[0] in self.code:
-            raise refused(UNREPEATED)
+        sealed = re.search(f"^{UNTRACKED}(.*)\\.$", self.code, re.MULTILINE)
+        if is_capturing() and sealed:
+            raise refused(sealed[1])
         values = self._values([x for x in pytree.tree_leaves((args, kwargs)) if _is_tensor(x)])
         tied = tied_names(self._state)
         several = not isinstance(tangents, Mapping)

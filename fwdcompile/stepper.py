@@ -16,7 +16,7 @@ from .compiling import Replayed, compiled_step, replays
 from .directions import Directions
 from .drawing import Draw, Drawn, Kinds
 from .errors import LossError, NonFiniteError, TangentError
-from .forward import Forward
+from .forward import StepForward
 from .lowered import Lowered
 from .objective import Objective
 from .parts import Model, input_leaves, modules_of
@@ -96,7 +96,7 @@ class Stepper:
         self.nonfinite = nonfinite
         self.iteration = 0
         self._compile, self._mode = compile, mode
-        self._forward = Forward(self.objective, dynamic=dynamic)
+        self._forward = StepForward(self.objective, dynamic=dynamic)
         self._modules = [m for root in modules_of(self.objective).values() for m in root.modules()]
         self._plans: dict[Any, Plan] = {}
         trained = self._parameters()

@@ -107,7 +107,10 @@ def label(node: fx.Node, before: fx.Node) -> None:
     while added is not node:
         kept = {k: v for k, v in node.meta.items() if k not in ("val", "rank_one")}
         added.meta |= kept | {"role": "glue"}
-        added.name = node.graph._graph_namespace.create_name(op_name(added), None)
+        word = op_name(added)
+        if added.target is getitem:
+            word = f"{op_name(added.args[0])}_out{added.args[1]}"  # type: ignore[arg-type]
+        added.name = node.graph._graph_namespace.create_name(word, None)
         added = added.next
 
 

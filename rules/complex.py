@@ -20,7 +20,7 @@ for _op in (
 linear(aten.complex.default, wrt=("real", "imag"))
 jvp(
     aten.polar.default,
-    abs=lambda d, angle: torch.polar(d, angle),
+    abs=lambda d, angle: d * torch.polar(torch.ones_like(angle), angle),
     angle=lambda d, out: d * out * 1j,
 )
 

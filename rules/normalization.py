@@ -1,7 +1,8 @@
 """Layer, group, batch, root-mean-square and weight normalisation.
 
 The saved mean and rstd are used, and have tangents of their own, so that a second transform sees
-how they depend on the input.
+how they depend on the input. Autograd does not see it where torch's backward leaves them out: for
+programs that it may go through they are made again, as `remade` says.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
-from ..rule import joint, jvp, lowerings
+from ..rule import joint, jvp, lowerings, remade
 
 aten = torch.ops.aten
 Dots = dict[str, Tensor]
@@ -55,6 +56,16 @@ def layer_norm(d: Dots, input: Tensor, normalized_shape: Any, weight: Any, out: 
     dims = list(range(-len(normalized_shape), 0))
     xhat, xhat_dot, mean_dot, rstd_dot = _normalise(input, out[1], out[2], dims, d.get("input"))
     return _scale(d, xhat, xhat_dot, weight, normalized_shape), mean_dot, rstd_dot
+
+
+def _statistics(x: Tensor, dims: list[int], eps: float) -> tuple[Tensor, Tensor]:
+    var, mean = torch.var_mean(x, dims, correction=0, keepdim=True)
+    return mean, torch.rsqrt(var + eps)
+
+
+remade[aten.native_layer_norm.default] = lambda input, normalized_shape, eps: (
+    None, *_statistics(input, list(range(-len(normalized_shape), 0)), eps)
+)  # fmt: skip
 
 
 def _group_norm(
@@ -158,6 +169,17 @@ def _with_update(
 lowerings[aten._batch_norm_with_update_functional.default] = _with_update
 
 
+def _of_the_batch(input: Tensor, eps: float, training: bool = True) -> tuple[Any, ...]:
+    dims = [i for i in range(input.ndim) if i != 1]
+    return None, *(_statistics(input, dims, eps) if training else (None, None)), None, None
+
+
+remade[aten._native_batch_norm_legit_functional.default] = lambda input, training, eps: (
+    _of_the_batch(input, eps, training)
+)
+remade[aten._native_batch_norm_legit.no_stats] = lambda input, eps: _of_the_batch(input, eps)[:3]
+
+
 @joint(aten._native_batch_norm_legit_no_training.default, wrt=_STATS)
 def batch_norm_eval(
     d: Dots, input: Tensor, weight: Any, running_mean: Tensor, running_var: Tensor, eps: float
@@ -192,3 +214,11 @@ jvp(
     v=_weight_norm_direction,
     g=lambda d, v, out: (v * (d / out[1]), None),
 )
+
+
+def _norms(v: Tensor, dim: int) -> tuple[None, Tensor]:
+    others = [i for i in range(v.ndim) if i != dim % v.ndim]
+    return None, torch.linalg.vector_norm(v, 2, others, keepdim=True)
+
+
+remade[aten._weight_norm_interface.default] = _norms

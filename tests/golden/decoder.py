@@ -86,8 +86,11 @@ def forward(
     del embedding_1_dot, embedding_dot
 
     # tests/nets.py:75: split = self.qkv(self.norm1(x)).view(batch, length, 3, self.heads, -1)
-    (layer_norm_out0, layer_norm_out1, layer_norm_out2) = aten.native_layer_norm(add, [16],
-        blocks_0_norm1_weight, blocks_0_norm1_bias, 1e-05)
+    layer_norm_out0: f32[2, 6, 16] = aten.native_layer_norm(add, [16], blocks_0_norm1_weight,
+        blocks_0_norm1_bias, 1e-05)[0]
+    var_mean_out0, layer_norm_out1 = aten.var_mean.correction(add, [-1], correction=0, keepdim=True)
+    layer_norm_out2: f32[2, 6, 1] = aten.rsqrt(var_mean_out0 + 1e-05)
+    del var_mean_out0
     mul: f32[2, 6, 16] = (add - layer_norm_out1) * layer_norm_out2
     del layer_norm_out1
     mul_2: f32[2, 6, 16] = mul * aten.mean.dim(mul * add_dot, [-1], True)
@@ -163,8 +166,12 @@ def forward(
     del add_dot, linear_1_dot
 
     # tests/nets.py:79: return x + self.down(F.gelu(self.up(self.norm2(x)), approximate="tanh"))
-    (layer_norm_1_out0, layer_norm_1_out1, layer_norm_1_out2) = aten.native_layer_norm(add_1, [16],
-        blocks_0_norm2_weight, blocks_0_norm2_bias, 1e-05)
+    layer_norm_1_out0: f32[2, 6, 16] = aten.native_layer_norm(add_1, [16], blocks_0_norm2_weight,
+        blocks_0_norm2_bias, 1e-05)[0]
+    var_mean_out0_1, layer_norm_1_out1 = aten.var_mean.correction(add_1, [-1], correction=0,
+        keepdim=True)
+    layer_norm_1_out2: f32[2, 6, 1] = aten.rsqrt(var_mean_out0_1 + 1e-05)
+    del var_mean_out0_1
     mul_13: f32[2, 6, 16] = (add_1 - layer_norm_1_out1) * layer_norm_1_out2
     del layer_norm_1_out1
     mul_15: f32[2, 6, 16] = mul_13 * aten.mean.dim(mul_13 * add_1_dot, [-1], True)
@@ -200,8 +207,12 @@ def forward(
     del add_1_dot, linear_3_dot
 
     # tests/nets.py:75: split = self.qkv(self.norm1(x)).view(batch, length, 3, self.heads, -1)
-    (layer_norm_2_out0, layer_norm_2_out1, layer_norm_2_out2) = aten.native_layer_norm(add_2, [16],
-        blocks_1_norm1_weight, blocks_1_norm1_bias, 1e-05)
+    layer_norm_2_out0: f32[2, 6, 16] = aten.native_layer_norm(add_2, [16], blocks_1_norm1_weight,
+        blocks_1_norm1_bias, 1e-05)[0]
+    var_mean_out0_2, layer_norm_2_out1 = aten.var_mean.correction(add_2, [-1], correction=0,
+        keepdim=True)
+    layer_norm_2_out2: f32[2, 6, 1] = aten.rsqrt(var_mean_out0_2 + 1e-05)
+    del var_mean_out0_2
     mul_21: f32[2, 6, 16] = (add_2 - layer_norm_2_out1) * layer_norm_2_out2
     del layer_norm_2_out1
     mul_23: f32[2, 6, 16] = mul_21 * aten.mean.dim(mul_21 * add_2_dot, [-1], True)
@@ -283,8 +294,12 @@ def forward(
     del add_2_dot, linear_5_dot
 
     # tests/nets.py:79: return x + self.down(F.gelu(self.up(self.norm2(x)), approximate="tanh"))
-    (layer_norm_3_out0, layer_norm_3_out1, layer_norm_3_out2) = aten.native_layer_norm(add_3, [16],
-        blocks_1_norm2_weight, blocks_1_norm2_bias, 1e-05)
+    layer_norm_3_out0: f32[2, 6, 16] = aten.native_layer_norm(add_3, [16], blocks_1_norm2_weight,
+        blocks_1_norm2_bias, 1e-05)[0]
+    var_mean_out0_3, layer_norm_3_out1 = aten.var_mean.correction(add_3, [-1], correction=0,
+        keepdim=True)
+    layer_norm_3_out2: f32[2, 6, 1] = aten.rsqrt(var_mean_out0_3 + 1e-05)
+    del var_mean_out0_3
     mul_34: f32[2, 6, 16] = (add_3 - layer_norm_3_out1) * layer_norm_3_out2
     del layer_norm_3_out1
     mul_36: f32[2, 6, 16] = mul_34 * aten.mean.dim(mul_34 * add_3_dot, [-1], True)
@@ -320,8 +335,12 @@ def forward(
     del add_3_dot, linear_7_dot
 
     # tests/nets.py:62: return F.cross_entropy(self.head(self.norm(x)).flatten(0, 1), targets.flatte
-    (layer_norm_4_out0, layer_norm_4_out1, layer_norm_4_out2) = aten.native_layer_norm(add_4, [16],
-        norm_weight, norm_bias, 1e-05)
+    layer_norm_4_out0: f32[2, 6, 16] = aten.native_layer_norm(add_4, [16], norm_weight, norm_bias,
+        1e-05)[0]
+    var_mean_out0_4, layer_norm_4_out1 = aten.var_mean.correction(add_4, [-1], correction=0,
+        keepdim=True)
+    layer_norm_4_out2: f32[2, 6, 1] = aten.rsqrt(var_mean_out0_4 + 1e-05)
+    del var_mean_out0_4
     mul_42: f32[2, 6, 16] = (add_4 - layer_norm_4_out1) * layer_norm_4_out2
     del add_4, layer_norm_4_out1
     mul_44: f32[2, 6, 16] = mul_42 * aten.mean.dim(mul_42 * add_4_dot, [-1], True)

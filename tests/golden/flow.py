@@ -43,8 +43,11 @@ def forward(
     del linear_dot, unsqueeze_dot
 
     # tests/nets.py:94: query, key, value = self.qkv(self.norm(h)).unsqueeze(1).chunk(3, -1)
-    (layer_norm_out0, layer_norm_out1, layer_norm_out2) = aten.native_layer_norm(add, [16],
-        norm_weight, norm_bias, 1e-05)
+    layer_norm_out0: f32[2, 3, 16] = aten.native_layer_norm(add, [16], norm_weight, norm_bias,
+        1e-05)[0]
+    var_mean_out0, layer_norm_out1 = aten.var_mean.correction(add, [-1], correction=0, keepdim=True)
+    layer_norm_out2: f32[2, 3, 1] = aten.rsqrt(var_mean_out0 + 1e-05)
+    del var_mean_out0
     mul: f32[2, 3, 16] = (add - layer_norm_out1) * layer_norm_out2
     del layer_norm_out1
     mul_2: f32[2, 3, 16] = mul * aten.mean.dim(mul * add_dot, [-1], True)

@@ -27,9 +27,15 @@ def forward(
     embedding_dot: f32[4, 4] = aten.embedding(embed_weight_dot, tokens)
 
     add: i64 = norm_num_batches_tracked + 1
-    (batch_norm_out0, batch_norm_out1, batch_norm_out2, batch_norm_out3,
+    (batch_norm_out0, _, _, batch_norm_out3,
         batch_norm_out4) = aten._native_batch_norm_legit_functional(embedding, norm_weight,
         norm_bias, norm_running_mean, norm_running_var, True, 0.1, 1e-05)
+    var_mean_out0, var_mean_out1 = aten.var_mean.correction(embedding, [0], correction=0,
+        keepdim=True)
+    batch_norm_out1: f32[4] = aten.reshape(var_mean_out1, [4])
+    del var_mean_out1
+    batch_norm_out2: f32[4] = aten.reshape(aten.rsqrt(var_mean_out0 + 1e-05), [4])
+    del var_mean_out0
     mul: f32[4, 4] = (embedding - batch_norm_out1) * batch_norm_out2
     del batch_norm_out1, embedding
     sub_1: f32[4, 4] = embedding_dot - aten.mean.dim(embedding_dot, [0], True)

@@ -15,10 +15,13 @@ from torch.utils import _pytree as pytree
 
 from fwdcompile.nesting import as_primal
 from fwdcompile.program import OutSpec, Program, Slot, is_differentiable
+from fwdcompile.remake import remake
 from fwdcompile.simplify import simplify
 from fwdcompile.transform import transform
 
 RTOL, ATOL = 1e-9, 1e-10
+# Words of the errors where torch knows no derivative by reverse mode.
+TORCH_REFUSES = ("not differentiable with respect to", "derivative for", "not support dtype")
 
 
 def program_of(op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:
@@ -159,6 +162,43 @@ def check_second(
         if name.endswith("_dot"):
             theirs = (plus[name] - minus[name]) / (2 * eps)
             torch.testing.assert_close(mine, theirs, rtol=2e-5, atol=2e-6, equal_nan=True)
+    dotted = {name: d for name, d in found.items() if name.endswith("_dot")}
+    check_autograd(first, tensors, dots, dotted)
+
+
+def check_autograd(
+    first: Program, tensors: list[Tensor], dots: dict[int, Tensor], second: dict[str, Tensor]
+) -> None:
+    """Checks autograd through a program, u'(H v) = (grad of u'y_dot)'v, against its transform."""
+    first = first.copy()
+    if remake(first.graph) or _has_triangle(first):
+        return
+    moved = [t.clone().requires_grad_() if i in dots else t for i, t in enumerate(tensors)]
+    generator = torch.Generator().manual_seed(2)
+    u = {name: _direction(d, generator) for name, d in second.items()}
+    theirs = sum((u[name].conj() * d).sum().real for name, d in second.items())
+    try:
+        outs = run(first, *moved, *(dots[i] for i in sorted(dots)))
+        found = {s.name: x for s, x in zip(first.outputs, outs, strict=True)}
+        total = sum((u[name].conj() * found[name]).sum().real for name in u)
+        if not isinstance(total, Tensor) or not total.requires_grad:
+            assert isinstance(theirs, int) or not theirs.any()
+            return
+        wanted = [moved[i] for i in sorted(dots)]
+        grads = torch.autograd.grad(total, wanted, materialize_grads=True)
+    except RuntimeError as error:
+        if not any(text in str(error) for text in TORCH_REFUSES):
+            raise
+        return
+    mine = sum((g.conj() * dots[i]).sum().real for g, i in zip(grads, sorted(dots), strict=True))
+    if not torch.as_tensor(mine).isnan():  # as where torch.where leaves out a division by zero
+        torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-6, equal_nan=True)
+
+
+def _has_triangle(program: Program) -> bool:
+    """Whether an op reads one triangle alone; torch's gradient has numbers in the other, too."""
+    ops = {torch.ops.aten.cholesky_solve.default, torch.ops.aten.cholesky_inverse.default}
+    return any(node.target in ops for node in program.graph.nodes)
 
 
 def _val(node: fx.Node) -> Any:

@@ -26,8 +26,8 @@ ROWS: list[tuple[Any, tuple[Any, ...]]] = [
     (aten._conj_physical.default, (C,)),
     (aten.complex.default, (X, Y)),
     (aten.complex.default, (X, COLUMN)),
-    (aten.polar.default, (X, Y)),
-    (aten.polar.default, (X, COLUMN)),
+    (aten.polar.default, (X.abs(), Y)),
+    (aten.polar.default, (X.abs(), COLUMN)),
 ]
 
 

@@ -1,0 +1,146 @@
+"""Remake: a program that autograd may go through has nothing in it that autograd does not see."""
+
+from __future__ import annotations
+
+from operator import getitem
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._ops import OpOverload
+from torch.utils import _pytree as pytree
+
+from . import rule
+from .program import is_differentiable, op_name, programs_of, rename, value
+from .sizes import same_shape
+from .trace import Recorder, bind_call, fake_mode, label
+
+aten = torch.ops.aten
+
+
+def remake(graph: fx.Graph) -> str:
+    """Makes saved statistics again that autograd takes for constants.
+
+    Before: `(y, mean, rstd) = native_layer_norm(x, ...); y_dot = (x_dot - ...) * rstd`. After:
+    `(var, mean) = var_mean(x, ...); y_dot = (x_dot - ...) * rsqrt(var + eps)`.
+
+    Requires values on each node. Ensures that the derivative of all outputs by autograd is the
+    program's own, or says why it is not; results of the op itself stay, and so do statistics that
+    the model returns. Not among `PASSES`: steps, which run without autograd, do not need it.
+
+    Returns:
+        Why autograd cannot go through the program: an op that it has no derivative of, and whose
+        result it takes for a constant, without an error. Empty where it can.
+    """
+    recorder, reasons = Recorder(graph, fake_mode(graph), keep=rule.table), []
+    moving: set[fx.Node] = set()  # what autograd has to know the derivative of
+    for node in list(graph.nodes):
+        reasons += [remake(program.graph) for program in programs_of(node)]
+        if not _moves(node, moving):
+            continue
+        moving.add(node)
+        if node.target in rule.remade and any(map(_read, _items(node))):
+            _remake(node, recorder)
+        reasons.append(_unseen(node, recorder))
+    return next(filter(None, reasons), "")
+
+
+def _moves(node: fx.Node, moving: set[fx.Node]) -> bool:
+    if not any(is_differentiable(x) for x in pytree.tree_leaves(node.meta.get("val"))):
+        return False
+    return node.op == "placeholder" or (
+        not moving.isdisjoint(node.all_input_nodes) and not _stops(node)
+    )
+
+
+def _stops(node: fx.Node) -> bool:
+    """Whether the derivative of an op is zero, as autograd knows."""
+    row = rule.table.get(node.target)  # type: ignore[call-overload]
+    return node.target is aten.detach.default or (row is not None and row.word == "zero")
+
+
+def _unseen(node: fx.Node, recorder: Recorder) -> str:
+    """Why autograd misses a part of the derivative at a node, if it does."""
+    if not isinstance(node.target, OpOverload):
+        return ""
+    differentiable = tuple(map(_differentiable, (node.all_input_nodes, node)))
+    key = node.target, repr(differentiable)
+    if key not in _constant:
+        _constant[key] = _constant_outputs(node, recorder)
+    if isinstance(value(node), list | tuple):
+        read = {item.args[1] for item in _items(node, 0) if _read(item)}
+    else:
+        read = {0} if _read(node) else set()
+    if not read & _constant[key]:
+        return ""
+    return f"autograd takes a result of {op_name(node)} for a constant, which it is not"
+
+
+# Outputs that autograd takes for constants, by op and by which operands and results are floats.
+_constant: dict[Any, frozenset[int]] = {}
+
+
+def _differentiable(node: Any) -> Any:
+    if isinstance(node, fx.Node):
+        return [is_differentiable(x) for x in pytree.tree_leaves(value(node))]
+    return [_differentiable(one) for one in node]
+
+
+def _constant_outputs(node: fx.Node, recorder: Recorder) -> frozenset[int]:
+    def required(arg: fx.Node) -> Any:
+        x = value(arg)
+        return x.detach().requires_grad_() if is_differentiable(x) else x
+
+    try:
+        with recorder.fakes, torch.enable_grad():
+            args, kwargs = fx.map_arg((node.args, node.kwargs), required)
+            outs = node.target(*args, **kwargs)  # type: ignore[operator]
+    except Exception:  # a run with autograd raises as well
+        return frozenset()
+    outs = outs if isinstance(outs, list | tuple) else [outs]
+    fixed = (i for i, x in enumerate(outs) if is_differentiable(x) and not x.requires_grad)
+    return frozenset(fixed)
+
+
+def _items(node: fx.Node, first: int = 1) -> list[fx.Node]:
+    return [user for user in node.users if user.target is getitem and user.args[1] >= first]  # type: ignore
+
+
+def _read(item: fx.Node) -> bool:
+    return any(user.op != "output" and not _stops(user) for user in item.users)
+
+
+def _remake(node: fx.Node, recorder: Recorder) -> None:
+    function = rule.remade[node.target]  # type: ignore[index]
+    items, after = _items(node), node.next
+    dtype = value(items[0]).dtype
+    bound = bind_call(node.target, node.args, node.kwargs)  # type: ignore[arg-type]
+    named = fx.map_arg(bound, recorder.fake)
+    with node.graph.inserting_before(after), recorder.active():
+        # statistics of short floats are those of longer ones
+        wide = {name: _cast(named[name], dtype) for name in rule.parameters(function)}
+        made = function(**wide)
+        fitted = {
+            item: recorder.node(_shaped(new, value(item)))
+            for item in items
+            if isinstance(new := made[item.args[1]], Tensor)  # type: ignore[index]
+        }
+    label(after, node)
+    added = node.next
+    while added is not after:
+        added.meta |= {key: node.meta[key] for key in ("source", "module") if key in node.meta}
+        added = added.next
+    for item, new in fitted.items():
+        name = item.name
+        item.replace_all_uses_with(new, lambda user: user.op != "output")
+        if not item.users:
+            node.graph.erase_node(item)
+            rename(node.graph, {new: name})
+
+
+def _shaped(x: Tensor, like: Tensor) -> Tensor:
+    return x if same_shape(x, like) else x.reshape(like.shape)
+
+
+def _cast(x: Any, dtype: torch.dtype) -> Any:
+    return x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
