@@ -34,14 +34,17 @@ def remake(graph: fx.Graph) -> str:
     """
     recorder, reasons = Recorder(graph, fake_mode(graph), keep=rule.table), []
     moving: set[fx.Node] = set()  # what autograd has to know the derivative of
+    names: dict[fx.Node, str] = {}
     for node in list(graph.nodes):
         reasons += [remake(program.graph) for program in programs_of(node)]
         if not _moves(node, moving):
             continue
         moving.add(node)
         if node.target in rule.remade and any(map(_read, _items(node))):
-            _remake(node, recorder)
+            names |= _remake(node, recorder)
         reasons.append(_unseen(node, recorder))
+    if names:
+        rename(graph, names)
     return next(filter(None, reasons), "")
 
 
@@ -110,7 +113,8 @@ def _read(item: fx.Node) -> bool:
     return any(user.op != "output" and not _stops(user) for user in item.users)
 
 
-def _remake(node: fx.Node, recorder: Recorder) -> None:
+def _remake(node: fx.Node, recorder: Recorder) -> dict[fx.Node, str]:
+    """Replaces the statistics of one op; what takes the place of one gets its name."""
     function = rule.remade[node.target]  # type: ignore[index]
     items, after = _items(node), node.next
     dtype = value(items[0]).dtype
@@ -130,12 +134,14 @@ def _remake(node: fx.Node, recorder: Recorder) -> None:
     while added is not after:
         added.meta |= {key: node.meta[key] for key in ("source", "module") if key in node.meta}
         added = added.next
+    names = {}
     for item, new in fitted.items():
         name = item.name
         item.replace_all_uses_with(new, lambda user: user.op != "output")
         if not item.users:
             node.graph.erase_node(item)
-            rename(node.graph, {new: name})
+            names[new] = name
+    return names
 
 
 def _shaped(x: Tensor, like: Tensor) -> Tensor:

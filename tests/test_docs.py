@@ -176,5 +176,23 @@ def test_readme_has_the_bytes_that_were_measured() -> None:
     assert f"and {entry['bytes']['ddp']:,.0f} by DistributedDataParallel" in text
 
 
+def test_readme_has_the_times_of_laplacians() -> None:
+    field = json.loads((ROOT / "docs/results/laplacian-cpu.json").read_text())["works"]["3 inputs"]
+    text = " ".join((ROOT / "README.md").read_text().split())
+
+    def times(way: str) -> list[str]:
+        return [
+            f"{field[task][way]['ms']:.1f}" for task in laplacian.TASKS if "ms" in field[task][way]
+        ]
+
+    ours, twice = times("fwdcompile.laplacian"), times("autograd twice, eager")
+    assert f"takes {ours[0]} ms, its training gradient {ours[1]}; " in text
+    assert f"autograd twice takes {twice[0]} and {twice[1]}" in text
+    (hessian,) = times("torch.func.hessian, compiled")
+    assert f"`torch.func.hessian` compiled {hessian} and an error" in text
+    jax = times("jax.hessian, jitted")
+    assert f"JAX's Hessian jitted {jax[0]} and {jax[1]} (" in text
+
+
 def _dense(text: str) -> str:
     return re.sub(r"\s", "", text)
