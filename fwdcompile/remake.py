@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from operator import getitem
 from typing import Any
 
@@ -13,7 +14,9 @@ from torch.utils import _pytree as pytree
 from . import rule
 from .program import is_differentiable, op_name, programs_of, rename, value
 from .sizes import same_shape
+from .subgraph import plain
 from .trace import Recorder, bind_call, fake_mode, label
+from .transform import transform
 
 aten = torch.ops.aten
 
@@ -42,7 +45,7 @@ def remake(graph: fx.Graph) -> str:
         moving.add(node)
         if node.target in rule.remade and any(map(_read, _items(node))):
             names |= _remake(node, recorder)
-        reasons.append(_unseen(node, recorder))
+        reasons.append(_unseen(node, recorder, moving))
     if names:
         rename(graph, names)
     return next(filter(None, reasons), "")
@@ -62,7 +65,7 @@ def _stops(node: fx.Node) -> bool:
     return node.target is aten.detach.default or (row is not None and row.word == "zero")
 
 
-def _unseen(node: fx.Node, recorder: Recorder) -> str:
+def _unseen(node: fx.Node, recorder: Recorder, moving: Collection[fx.Node]) -> str:
     """Why autograd misses a part of the derivative at a node, if it does."""
     if not isinstance(node.target, OpOverload):
         return ""
@@ -70,13 +73,26 @@ def _unseen(node: fx.Node, recorder: Recorder) -> str:
     key = node.target, repr(differentiable)
     if key not in _constant:
         _constant[key] = _constant_outputs(node, recorder)
-    if isinstance(value(node), list | tuple):
-        read = {item.args[1] for item in _items(node, 0) if _read(item)}
-    else:
-        read = {0} if _read(node) else set()
-    if not read & _constant[key]:
+    several = isinstance(value(node), list | tuple)
+    results = {item.args[1]: item for item in _items(node, 0)} if several else {0: node}
+    lost = (results[i] for i in _constant[key] if i in results and _read(results[i]))
+    if not any(_has_tangent(result, node, moving) for result in lost):
         return ""
     return f"autograd takes a result of {op_name(node)} for a constant, which it is not"
+
+
+def _has_tangent(result: fx.Node, node: fx.Node, moving: Collection[fx.Node]) -> bool:
+    """Whether a result of an op moves with those operands that do."""
+    graph = fx.Graph()
+    copies = {arg: graph.placeholder(arg.name) for arg in node.all_input_nodes}
+    for one in dict.fromkeys((node, result)):
+        copies[one] = graph.node_copy(one, copies.__getitem__)
+    for original, copy in copies.items():
+        copy.meta = dict(original.meta)
+    graph.output((copies[result],))
+    active = [copies[arg].name for arg in node.all_input_nodes if arg in moving]
+    made = transform(plain(graph), active)
+    return not all(n.meta.get("absent") for n, s in made.results() if s.kind == "tangent")
 
 
 # Outputs that autograd takes for constants, by op and by which operands and results are floats.

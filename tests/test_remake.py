@@ -148,3 +148,14 @@ def test_what_only_leaves_the_program_is_not_refused() -> None:
     x = torch.rand(3, dtype=F64).requires_grad_()
     (y, _), _ = fwdcompile.transform(model)(x, tangents={"x": torch.ones(3, dtype=F64)})
     assert y.requires_grad
+
+
+def test_results_that_are_constant_indeed_are_not_refused() -> None:
+    labels = torch.tensor([0, 2, 1])
+
+    def slope(x: Tensor) -> Tensor:  # its program reads how many labels there are
+        return torch.func.grad(lambda x: F.cross_entropy(x, labels))(x)
+
+    x, v = torch.randn(2, 3, 4, dtype=F64)
+    fwd = fwdcompile.transform(slope)
+    check(lambda x: fwd(x, tangents={"x": v})[1], x)
