@@ -95,7 +95,7 @@ def nested(model: nn.Module, x: Tensor) -> Way:
     return run
 
 
-def backward_twice(model: nn.Module, x: Tensor) -> Way:
+def backward_twice(model: Callable[[Tensor], Tensor], x: Tensor) -> Way:
     """Autograd through autograd, what is written most. torch.compile refuses it."""
 
     @torch.enable_grad()

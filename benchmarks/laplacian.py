@@ -4,7 +4,8 @@
 
 Everything runs in one process; ways take turns, and a ratio is the median over paired turns. JAX
 comes last, as its threads spin on, and takes turns with `fwdcompile.laplacian` alone. A way whose
-Laplacian is not that of autograd in float64 is not timed.
+Laplacian is not that of autograd in float64, or whose gradient is not that of differences, is not
+timed.
 """
 
 from __future__ import annotations

@@ -20,11 +20,11 @@ from unittest import mock
 import torch
 from torch import SymBool, SymFloat, SymInt, Tensor, fx
 from torch._dynamo.variables.misc import AutogradFunctionVariable
-from torch.autograd import forward_ad, function
+from torch.autograd import function
 from torch.autograd.function import Function, FunctionCtx
 from torch.utils import _pytree as pytree
 
-from .errors import CaptureError, FwdcompileError
+from .errors import CaptureError
 from .hazards import here, line_of
 from .program import Program, is_differentiable, rename
 
@@ -253,19 +253,3 @@ def dissolve(graph: fx.Graph) -> None:
 def _replace(node: fx.Node, source: Any) -> None:
     node.replace_all_uses_with(source)
     node.graph.erase_node(node)
-
-
-def refuse_autograd(program: Program, tensors: Sequence[Tensor]) -> None:
-    """Refuses to run a program that autograd, which would record the run, cannot go through.
-
-    Raises:
-        FwdcompileError: autograd, or torch's own forward mode, would differentiate it op by op.
-    """
-    if not program.sealed:
-        return
-    recorded = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-    if recorded or forward_ad._current_level >= 0:
-        raise FwdcompileError(
-            f"Autograd cannot go through this program: {program.sealed}. Call it under "
-            "torch.no_grad(), and not inside torch.func.jvp."
-        )

@@ -26,7 +26,7 @@ from .calls import settle
 from .capture import capture
 from .compiling import replays
 from .costs import Product, calibrate
-from .custom import FUNCTION, dissolve, refuse_autograd
+from .custom import FUNCTION, dissolve
 from .directions import RankOne
 from .errors import TangentError
 from .inside import ask_for, is_capturing, refuse_open_sizes, refused
@@ -35,7 +35,7 @@ from .nesting import as_primal, tie
 from .parts import Derived, Model, modules_of
 from .program import Program, graphs, is_differentiable
 from .pushforward import derive
-from .remake import remake
+from .remake import refuse_autograd, remake
 from .request import Request, fixed, inputs_key, kinds, suffix
 from .simplify import PASSES, detach_tangents, simplify
 from .sizes import mark_open, serves

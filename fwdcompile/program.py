@@ -150,6 +150,11 @@ def is_differentiable(x: object) -> bool:
     return isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex())
 
 
+def can_move(node: fx.Node) -> bool:
+    """Whether a node, or one of its several outputs, can have a tangent."""
+    return any(map(is_differentiable, pytree.tree_leaves(node.meta.get("val"))))
+
+
 def is_random(node: fx.Node) -> bool:
     """Whether the op of a node, or one that it calls, draws from the random number generator."""
     if any(is_random(inner) for program in programs_of(node) for inner in program.graph.nodes):
@@ -177,6 +182,11 @@ def location(node: fx.Node) -> str:
         return ""
     file, line, code = node.meta["source"]
     return f"{file}:{line}: {code}" if code else f"{file}:{line}"
+
+
+def origin(node: fx.Node) -> dict[str, Any]:
+    """What the metadata of a node says of where in the model it comes from."""
+    return {key: node.meta[key] for key in ("source", "module") if key in node.meta}
 
 
 def rename(graph: fx.Graph, wanted: Mapping[fx.Node, str]) -> None:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from operator import getitem
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch._ops import OpOverload
+from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
 from . import rule
-from .program import is_differentiable, op_name, programs_of, rename, value
+from .errors import FwdcompileError
+from .program import Program, can_move, is_differentiable, op_name, programs_of, rename, value
 from .sizes import same_shape
 from .subgraph import plain
 from .trace import Recorder, bind_call, fake_mode, label
@@ -52,7 +54,7 @@ def remake(graph: fx.Graph) -> str:
 
 
 def _moves(node: fx.Node, moving: set[fx.Node]) -> bool:
-    if not any(is_differentiable(x) for x in pytree.tree_leaves(node.meta.get("val"))):
+    if not can_move(node):
         return False
     return node.op == "placeholder" or (
         not moving.isdisjoint(node.all_input_nodes) and not _stops(node)
@@ -145,11 +147,7 @@ def _remake(node: fx.Node, recorder: Recorder) -> dict[fx.Node, str]:
             for item in items
             if isinstance(new := made[item.args[1]], Tensor)  # type: ignore[index]
         }
-    label(after, node)
-    added = node.next
-    while added is not after:
-        added.meta |= {key: node.meta[key] for key in ("source", "module") if key in node.meta}
-        added = added.next
+    label(after, node, of=node)
     names = {}
     for item, new in fitted.items():
         name = item.name
@@ -158,6 +156,22 @@ def _remake(node: fx.Node, recorder: Recorder) -> dict[fx.Node, str]:
             node.graph.erase_node(item)
             names[new] = name
     return names
+
+
+def refuse_autograd(program: Program, tensors: Sequence[Tensor]) -> None:
+    """Refuses to run a program that autograd, which would record the run, cannot go through.
+
+    Raises:
+        FwdcompileError: autograd, or torch's own forward mode, would differentiate it op by op.
+    """
+    if not program.sealed:
+        return
+    recorded = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    if recorded or forward_ad._current_level >= 0:
+        raise FwdcompileError(
+            f"Autograd cannot go through this program: {program.sealed}. Call it under "
+            "torch.no_grad(), and not inside torch.func.jvp."
+        )
 
 
 def _shaped(x: Tensor, like: Tensor) -> Tensor:

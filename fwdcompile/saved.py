@@ -54,11 +54,10 @@ class Saved:
 
         Raises:
             TangentError: other names, shapes or dtypes than the program was made for.
-            CaptureError: a model calls it that is captured, and it has a torch.autograd.Function.
+            CaptureError: a model calls it that is captured, and autograd cannot go through it.
         """
-        sealed = re.search(f"^{UNTRACKED}(.*)\\.$", self.code, re.MULTILINE)
-        if is_capturing() and sealed:
-            raise refused(sealed[1])
+        if is_capturing():
+            self._refuse_sealed()
         values = self._values([x for x in pytree.tree_leaves((args, kwargs)) if _is_tensor(x)])
         tied = tied_names(self._state)
         several = not isinstance(tangents, Mapping)
@@ -84,6 +83,10 @@ class Saved:
         pair = y, y_dots if several else y_dots[0]
         summed = any(slot.kind == "second" for slot in self._outputs)
         return (*pair, self._build(outs, "second")) if summed else pair
+
+    def _refuse_sealed(self) -> None:
+        if sealed := re.search(f"^{UNTRACKED}(.*)\\.$", self.code, re.MULTILINE):
+            raise refused(sealed[1])
 
     def _values(self, leaves: list[Tensor]) -> dict[str, Any]:
         names = [slot.name for slot in self._inputs if slot.kind == "input"]

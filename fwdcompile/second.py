@@ -18,10 +18,9 @@ from operator import getitem
 from typing import Any
 
 from torch import fx
-from torch.utils import _pytree as pytree
 
 from .apply import Site
-from .program import Program, Slot, is_differentiable, value
+from .program import Program, Slot, can_move, origin
 from .transform import Dot, Walk
 
 
@@ -99,7 +98,7 @@ class _Second(Walk):
         dot, nodes = self._dot(site, direction), []
         while last is not self.graph._root.prev:
             last = last.next
-            last.meta |= {k: site.node.meta[k] for k in ("source", "module") if k in site.node.meta}
+            last.meta |= origin(site.node)
             nodes.append(last)
         return dot, nodes
 
@@ -120,7 +119,7 @@ class _Second(Walk):
         if node.target is getitem:
             self._item(node)
         elif any(self._of(arg, direction) is not None for arg in node.all_input_nodes):
-            if any(map(is_differentiable, pytree.tree_leaves(value(node)))):
+            if can_move(node):
                 dot = self._dot(self._site(node, node), direction)
                 self.dots[node] = [dot if k == direction else None for k in self.directions]
 

@@ -101,11 +101,12 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return fake
 
 
-def label(node: fx.Node, before: fx.Node) -> None:
-    """Gives the nodes between `before` and `node` the role of steps on the way to `node`."""
+def label(node: fx.Node, before: fx.Node, of: fx.Node | None = None) -> None:
+    """Gives what is between `before` and `node` the role of steps on the way to it, or to `of`."""
+    meta = (of or node).meta
     added = before.next
     while added is not node:
-        kept = {k: v for k, v in node.meta.items() if k not in ("val", "rank_one")}
+        kept = {k: v for k, v in meta.items() if k not in ("val", "rank_one")}
         added.meta |= kept | {"role": "glue"}
         word = op_name(added)
         if added.target is getitem:

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch._ops import OpOverload
-from torch.utils import _pytree as pytree
 
 from . import rule
 from .apply import Site, apply, site_of
@@ -26,9 +25,11 @@ from .errors import MissingRuleError, RuleError, TangentError
 from .program import (
     Program,
     Slot,
+    can_move,
     is_differentiable,
     location,
     op_name,
+    origin,
     rename,
     value,
 )
@@ -166,7 +167,7 @@ class Walk:
             of, direction = labels.get(added, (node.name, 0))
             role = "tangent" if added in labels else "glue"
             added.meta |= {"role": role, "of": of, "direction": direction}
-            added.meta |= {key: node.meta[key] for key in ("source", "module") if key in node.meta}
+            added.meta |= origin(node)
             added = added.next
 
     def _labels(self, node: fx.Node) -> dict[fx.Node, tuple[str, int]]:
@@ -187,7 +188,7 @@ class Walk:
             return
         if not any(self._is_active(arg) for arg in node.all_input_nodes):
             return
-        if not any(is_differentiable(x) for x in pytree.tree_leaves(value(node))):
+        if not can_move(node):
             return
         if node.target in CONVENTIONS:
             self._call_dual(node)

@@ -20,6 +20,14 @@ aten = torch.ops.aten
 Dots = dict[str, Tensor]
 
 
+def _last(normalized_shape: Any) -> list[int]:
+    return list(range(-len(normalized_shape), 0))
+
+
+def _others(x: Tensor, dim: int) -> list[int]:
+    return [i for i in range(x.ndim) if i != dim % x.ndim]
+
+
 def _normalise(
     x: Tensor, mean: Tensor, rstd: Tensor, dims: list[int], d: Tensor | None
 ) -> tuple[Tensor, Any, Any, Any]:
@@ -53,7 +61,7 @@ def _like(x: Any, stat: Tensor) -> Any:
 
 @joint(aten.native_layer_norm.default, wrt=("input", "weight", "bias"))
 def layer_norm(d: Dots, input: Tensor, normalized_shape: Any, weight: Any, out: Any) -> Any:
-    dims = list(range(-len(normalized_shape), 0))
+    dims = _last(normalized_shape)
     xhat, xhat_dot, mean_dot, rstd_dot = _normalise(input, out[1], out[2], dims, d.get("input"))
     return _scale(d, xhat, xhat_dot, weight, normalized_shape), mean_dot, rstd_dot
 
@@ -64,7 +72,7 @@ def _statistics(x: Tensor, dims: list[int], eps: float) -> tuple[Tensor, Tensor]
 
 
 remade[aten.native_layer_norm.default] = lambda input, normalized_shape, eps: (
-    None, *_statistics(input, list(range(-len(normalized_shape), 0)), eps)
+    None, *_statistics(input, _last(normalized_shape), eps)
 )  # fmt: skip
 
 
@@ -106,7 +114,7 @@ def group_norm(
 
 def _batch_norm(d: Dots, input: Tensor, weight: Any, out: Any) -> tuple[Any, Any, Any]:
     channels = (-1, *[1] * (input.ndim - 2))
-    dims = [i for i in range(input.ndim) if i != 1]
+    dims = _others(input, 1)
     mean, rstd = out[1].view(channels), out[2].view(channels)
     xhat, xhat_dot, mean_dot, rstd_dot = _normalise(input, mean, rstd, dims, d.get("input"))
     if xhat_dot is None and not {"weight", "bias"} & set(d):
@@ -170,7 +178,7 @@ lowerings[aten._batch_norm_with_update_functional.default] = _with_update
 
 
 def _of_the_batch(input: Tensor, eps: float, training: bool = True) -> tuple[Any, ...]:
-    dims = [i for i in range(input.ndim) if i != 1]
+    dims = _others(input, 1)
     return None, *(_statistics(input, dims, eps) if training else (None, None)), None, None
 
 
@@ -194,7 +202,7 @@ def batch_norm_without_stats(d: Dots, input: Tensor, weight: Any, out: Any) -> A
 
 @joint(aten._fused_rms_norm.default, wrt=("input", "weight"))
 def rms_norm(d: Dots, input: Tensor, normalized_shape: Any, weight: Any, out: Any) -> Any:
-    dims = list(range(-len(normalized_shape), 0))
+    dims = _last(normalized_shape)
     xhat, rstd = input * out[1], out[1]
     if "input" not in d:
         return xhat * d["weight"], None
@@ -204,8 +212,7 @@ def rms_norm(d: Dots, input: Tensor, normalized_shape: Any, weight: Any, out: An
 
 
 def _weight_norm_direction(d: Tensor, v: Tensor, g: Tensor, dim: int, out: Any) -> Any:
-    others = [i for i in range(v.ndim) if i != dim % v.ndim]
-    norm_dot = (v * d).sum(others, keepdim=True) / out[1]
+    norm_dot = (v * d).sum(_others(v, dim), keepdim=True) / out[1]
     return d * (g / out[1]) - out[0] * (norm_dot / out[1]), norm_dot
 
 
@@ -217,8 +224,7 @@ jvp(
 
 
 def _norms(v: Tensor, dim: int) -> tuple[None, Tensor]:
-    others = [i for i in range(v.ndim) if i != dim % v.ndim]
-    return None, torch.linalg.vector_norm(v, 2, others, keepdim=True)
+    return None, torch.linalg.vector_norm(v, 2, _others(v, dim), keepdim=True)
 
 
 remade[aten._weight_norm_interface.default] = _norms

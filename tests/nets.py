@@ -149,3 +149,8 @@ class Gated(nn.Module):
 
     def stretch(self, x: Tensor) -> Tensor:
         return x * self.scale
+
+
+def axes(x: Tensor, name: str = "x") -> list[dict[str, Tensor]]:
+    """A direction along each element of a vector, or of the last dimension of a batch."""
+    return [{name: e.expand(x.shape)} for e in torch.eye(x.shape[-1], dtype=x.dtype)]

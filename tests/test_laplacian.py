@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from nets import Mlp
+from fields import backward_twice
+from nets import Mlp, axes
 from torch import Tensor, nn
 
 import fwdcompile
@@ -19,17 +20,9 @@ def close(a: Any, b: Any) -> None:
     torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
 
 
-def axes(x: Tensor, name: str = "x") -> list[dict[str, Tensor]]:
-    return [{name: e.expand(x.shape)} for e in torch.eye(x.shape[-1], dtype=x.dtype)]
-
-
 def by_autograd(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """What is written without a forward mode: backward through backward, axis by axis."""
-    x = x.detach().requires_grad_()
-    u = model(x).sum(-1)
-    (slope,) = torch.autograd.grad(u.sum(), x, create_graph=True)
-    rows = [torch.autograd.grad(s.sum(), x, create_graph=True)[0] for s in slope.unbind(-1)]
-    return u, slope, torch.stack([row[..., i] for i, row in enumerate(rows)]).sum(0)
+    return backward_twice(lambda x: model(x).sum(-1), x)(x)
 
 
 @pytest.mark.parametrize(

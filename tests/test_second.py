@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nets import Decoder, Flow, Mlp, Tied
+from nets import Decoder, Flow, Mlp, Tied, axes
 from torch import Tensor, nn
 from torch._higher_order_ops import scan, while_loop
 from torch.func import functional_call
@@ -48,11 +48,6 @@ def hessian(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 def jacobian(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     return torch.autograd.functional.jacobian(f, x)
-
-
-def axes(x: Tensor, name: str = "x") -> list[dict[str, Tensor]]:
-    """A direction along each element of a vector, or of the last dimension of a batch."""
-    return [{name: e.expand(x.shape)} for e in torch.eye(x.shape[-1], dtype=x.dtype)]
 
 
 class Deep(nn.Module):
