@@ -223,20 +223,20 @@ def test_reverse_mode_inside_gives_third_derivatives() -> None:
 
 
 WEIGHTS = torch.randn(3, 3, 3, dtype=F64, generator=torch.Generator().manual_seed(0))
-STEPS: list[Callable[[Tensor], Tensor]] = [
+STEPS: list[Callable[[Tensor], Tensor]] = [  # none overflows after any others
     lambda x: x @ WEIGHTS[0],
     torch.tanh,
     lambda x: x * x.flip(-1),
     lambda x: torch.einsum("i,j,ijk->k", x, x, WEIGHTS),
     lambda x: x.softmax(-1),
     lambda x: x / (1 + x.square().sum()),
-    lambda x: torch.linalg.solve(WEIGHTS[1] @ WEIGHTS[1].mT + torch.diag(x.exp()), x),
+    lambda x: torch.linalg.solve(WEIGHTS[1] @ WEIGHTS[1].mT + torch.diag(x.tanh().exp()), x),
     lambda x: torch.cat([x[1:].sin(), x[:1].cumsum(0)]),
-    lambda x: nn.functional.layer_norm(x, (3,), x.exp()),
+    lambda x: nn.functional.layer_norm(x, (3,), x.tanh().exp()),
 ]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     st.lists(st.sampled_from(range(len(STEPS))), min_size=1, max_size=5),
     st.integers(0, 2**20),
@@ -252,9 +252,11 @@ def test_any_chain_of_ops(steps: list[int], seed: int, count: int) -> None:
     x, *ways = torch.randn(count + 1, 3, dtype=F64, generator=generator)
     _, y_dots, y_ddot = fwdcompile.laplacian(f)(x, tangents=[{"x": v} for v in ways])
     h, j = hessian(f, x), jacobian(f, x)
-    torch.testing.assert_close(torch.stack(y_dots, 1), j @ torch.stack(ways, 1))
-    expected = sum(torch.einsum("kij,i,j->k", h, v, v) for v in ways)
-    torch.testing.assert_close(y_ddot, expected, rtol=1e-8, atol=1e-8 * float(h.abs().max() + 1))
+    traces = sum(torch.einsum("kij,i,j->k", h, v, v) for v in ways)
+    first, second = (1e-8 * float(d.abs().max() + 1) for d in (j, h))
+    expected = j @ torch.stack(ways, 1)
+    torch.testing.assert_close(torch.stack(y_dots, 1), expected, rtol=1e-8, atol=first)
+    torch.testing.assert_close(y_ddot, traces, rtol=1e-8, atol=second)
 
 
 def test_a_direction_costs_one_tangent_more() -> None:
