@@ -24,6 +24,7 @@ from .forward import StepForward
 from .lowered import Lowered
 from .parts import Model
 from .program import Program, Slot, identifier, output_nodes, outputs_reached, rename, value
+from .request import Request
 from .trace import Recorder, bind_call, fake_mode, label
 from .transform import transform
 
@@ -245,13 +246,14 @@ class ActivityForward(StepForward):
         super().__init__(model)
         self.clip, self.samples = clip, samples
 
-    def _transformed(self, captured: Program, active: Sequence[str], request: Any) -> Program:
+    def _transformed(self, captured: Program, request: Request) -> Program:
+        active = list(request.ways)
         perturbed, layers = perturb(captured, active)
         owned = {name for layer in layers for name in layer.parameters.values()}
         names = [name for name in active if name not in owned]
         outer = [name for name in request.rank_one if name in names]
-        moved = self._directions([layer.slot for layer in layers], names, request.directions)
-        program = transform(perturbed, moved, request.directions, outer)
+        moved = self._directions([layer.slot for layer in layers], names, len(request.moved))
+        program = transform(perturbed, moved, len(request.moved), outer)
         return gradients(settle_shifts(program, layers), layers, self.clip)
 
     def _directions(

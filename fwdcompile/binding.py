@@ -13,6 +13,7 @@ from .directions import RankOne, dense_tensor
 from .errors import TangentError
 from .parts import Model, input_leaves, modules_of, named_state
 from .program import OutSpec, Program, Slot, is_differentiable
+from .sizes import wider
 
 Tangents = Mapping[str, Tensor | RankOne]
 
@@ -55,21 +56,28 @@ def tied_names(state: Mapping[str, Tensor]) -> dict[str, str]:
 
 
 def check_tangents(
-    tangents: Tangents, values: Mapping[str, Any], tied: Mapping[str, str]
+    tangents: Tangents, values: Mapping[str, Any], tied: Mapping[str, str], batched: bool = False
 ) -> dict[str, Tensor | RankOne]:
     """Tangents under their primal's first name, each checked against its primal.
+
+    Args:
+        tangents: by the name of their primals.
+        values: the primals.
+        tied: as of `tied_names`.
+        batched: whether each tangent has an axis of directions in front.
 
     Raises:
         TangentError: unknown name, integer primal, wrong shape, dtype or device, two tangents for
             one tied parameter, or no tangent at all.
     """
+    size = _size(tangents) if batched else 0
     checked: dict[str, Tensor | RankOne] = {}
     for name, dot in tangents.items():
         check_name(name, values)
         first = tied.get(name, name)
         if first in checked:
             raise TangentError(f"{name!r} and {first!r} are one tied tensor: give one tangent")
-        checked[first] = _like_primal(name, dot, values[name])
+        checked[first] = _like_primal(name, dot, values[name], size)
     if not checked:
         raise TangentError("no tangent given: nothing to differentiate by")
     return checked
@@ -103,8 +111,19 @@ def results(program: Program, outs: Sequence[Any], directions: int | None) -> tu
     return program.out_spec.build(outputs), built[0] if directions is None else built, y_ddot
 
 
-def _like_primal(name: str, dot: Any, primal: Tensor) -> Tensor | RankOne:
-    """A tangent laid out as its primal; the factors of one are contiguous."""
+def _size(tangents: Tangents) -> int:
+    """How many directions a mapping of batched tangents holds."""
+    for name, dot in tangents.items():
+        if not isinstance(dot, Tensor) or not dot.ndim or not len(dot):
+            raise TangentError(f"batched=True: the tangent of {name!r} is a tensor [K, ...], K > 0")
+    return len(next(iter(tangents.values()), ()))  # type: ignore[arg-type]
+
+
+def _like_primal(name: str, dot: Any, primal: Tensor, size: int) -> Tensor | RankOne:
+    """A tangent laid out as its primal, behind an axis of `size` directions if that is not 0.
+
+    The factors of a tangent are contiguous.
+    """
     if isinstance(dot, RankOne):
         if primal.ndim < 2:
             raise TangentError(f"{name!r} has {primal.ndim} dimensions, RankOne needs two or more")
@@ -113,9 +132,12 @@ def _like_primal(name: str, dot: Any, primal: Tensor) -> Tensor | RankOne:
         return RankOne(dot.u.contiguous(), dot.v.contiguous())
     if not isinstance(dot, Tensor):
         raise TangentError(f"the tangent of {name!r} is a {type(dot).__name__}, not a tensor")
-    _check_like(f"the tangent of {name!r}", dot, primal, primal.shape)
-    laid_out = dot.stride() == primal.stride()
-    return dot if laid_out else torch.empty_like(primal).copy_(dot)
+    shape = torch.Size((size, *primal.shape)) if size else primal.shape
+    _check_like(f"the tangent of {name!r}", dot, primal, shape)
+    if dot.stride() == ((primal.numel(), *primal.stride()) if size else primal.stride()):
+        return dot
+    laid_out = wider(primal, size) if size else torch.empty_like(primal)
+    return laid_out.copy_(dot)
 
 
 def _check_like(what: str, dot: Tensor, primal: Tensor, shape: torch.Size) -> None:

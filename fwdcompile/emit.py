@@ -60,7 +60,8 @@ def emit(program: Program, passes: Sequence[str] = ()) -> str:
         *_function(program, names),
         "",
         "",
-        "# What the arguments and results of forward stand for: kind, name, direction, factor.",
+        "# What the arguments and results of forward stand for: kind, name, direction, factor"
+        f"{', size' * any(slot.size for slot in program.inputs)}.",
         *_table("INPUTS", program.inputs),
         *_table("OUTPUTS", program.outputs),
         f"STRUCTURE = {quoted(structure(program.out_spec))}",
@@ -126,7 +127,8 @@ def _summary(program: Program) -> str:
     tangents = [slot.name for slot in program.inputs if slot.kind == "tangent"]
     if not tangents:
         return f"{program.title} as a functional program."
-    count = len({slot.direction for slot in program.inputs if slot.kind == "tangent"})
+    sizes = {slot.direction: slot.size or 1 for slot in program.inputs if slot.kind == "tangent"}
+    count = sum(sizes.values())
     ways = "one direction" if count == 1 else f"{count} directions"
     also = " and a sum of second ones" if any(s.kind == "second" for s in program.outputs) else ""
     return f"{program.title} and its directional derivative in {ways}{also}, in one forward run."
@@ -136,8 +138,8 @@ def _table(name: str, slots: Sequence[Slot]) -> Iterator[str]:
     yield f"{name} = ("
     for slot in slots:
         if slot.kind != "constant":
-            factor = (slot.factor,) if slot.factor else ()
-            yield f"{_INDENT}{quoted((slot.kind, slot.name, slot.direction, *factor))},"
+            rest = (slot.factor, slot.size) if slot.size else (slot.factor,) * bool(slot.factor)
+            yield f"{_INDENT}{quoted((slot.kind, slot.name, slot.direction, *rest))},"
     yield ")"
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .autocast import casts, without_casts
+from .batch import batch
 from .binding import (
     Tangents,
     arrange,
@@ -36,7 +37,7 @@ from .parts import Derived, Model, modules_of
 from .program import Program, graphs, is_differentiable
 from .pushforward import derive
 from .remake import refuse_autograd, remake
-from .request import Request, fixed, inputs_key, kinds, suffix
+from .request import Request, factored, fixed, inputs_key, suffix
 from .simplify import PASSES, detach_tangents, simplify
 from .sizes import mark_open, serves
 from .stack import forms, groups
@@ -58,11 +59,14 @@ class Forward(Derived, Shown):
         mode: str = "default",
         passes: Sequence[str] = tuple(PASSES),
         dynamic: bool = False,
+        batched: bool = False,
     ) -> None:
         if dynamic and isinstance(model, Forward) and not model.dynamic:
             raise ValueError("give dynamic=True to the innermost transform, which captures")
         if isinstance(model, Forward) and not (self.nests and model.nests):
             raise TangentError("a Laplacian is that of a model, and no transform is one of it")
+        if isinstance(model, Forward) and model.batched:
+            raise TangentError("only the outermost transform can be batched")
         self._lasts = not is_capturing()
         self.model = model
         self.base: Model = model.base if isinstance(model, Forward) else model
@@ -71,6 +75,7 @@ class Forward(Derived, Shown):
         self.compile = compile
         self.mode = mode
         self.passes = tuple(passes)
+        self.batched: bool = batched
         self.dynamic: bool = model.dynamic if isinstance(model, Forward) else dynamic
         self._cache: dict[Any, Lowered] = {}
         self._asked: set[Any] = set()
@@ -90,14 +95,17 @@ class Forward(Derived, Shown):
             tangents: tangents by parameter name, or by the name of an argument of `forward`
                 (`x`; `batch.image` inside a pytree), each like its primal in shape, dtype and
                 device, or a `RankOne` of factors. Names left out have no tangent. A sequence of
-                K such mappings gives K directions that share one primal.
+                K such mappings gives K directions that share one primal. With `batched=True` each
+                tangent has one axis more, in front: a mapping holds as many directions as that is
+                long.
             inner: for a transform of a transform, the tangents of the inner one (innermost first
                 where there are several); by default the same as `tangents`, which gives v'Hv.
             kwargs: the model's keyword arguments.
 
         Returns:
-            `(y, y_dot)`, both in the model's own structure; for K directions `y_dot` is a tuple of
-            K. A floating-point output that no tangent reaches has zeros, any other has None.
+            `(y, y_dot)`, both in the model's own structure; for a sequence of K mappings `y_dot`
+            is a tuple of K. Batched, each tangent has the axis of its mapping. A floating-point
+            output that no tangent reaches has zeros, any other has None.
 
         Raises:
             TangentError: a tangent of a wrong name, shape, dtype or device, or none at all.
@@ -111,13 +119,12 @@ class Forward(Derived, Shown):
         values, tied = call_values(self.base, args, kwargs)
         several = not isinstance(tangents, Mapping)
         each = [tangents] if isinstance(tangents, Mapping) else list(tangents)
-        dots = [check_tangents(one, values, tied) for one in each]
+        dots = [check_tangents(one, values, tied, self.batched) for one in each]
         if self.depth > 1:
             dots = [dense(one) for one in dots]
-        if any(kinds(other) != kinds(dots[0]) for other in dots):
-            raise TangentError("all directions need tangents of the same names and kinds")
         levels = self._inner_levels(inner, dots, values, tied)
-        lowered = self._lowered(args, kwargs, Request.of(levels, dots, same=inner is None))
+        same = inner is None and bool(levels) and len(dots) == 1
+        lowered = self._lowered(args, kwargs, self._request(dots, levels, same))
         for level, inner_dots in enumerate(levels, 1):
             values |= {f"{name}{suffix(level)}": dot for name, dot in inner_dots.items()}
         outs = self._run(lowered, values, dots)
@@ -165,7 +172,7 @@ class Forward(Derived, Shown):
             args: example positional arguments.
             tangents: names that will have tangents, or `"parameters"` (all that require grad), or
                 `"inputs"` (all floating-point inputs).
-            directions: how many directions a call will give.
+            directions: how many directions a call will give, in one mapping if `batched`.
             rank_one: the tangents of two or more dimensions will be `RankOne`.
             kwargs: example keyword arguments.
 
@@ -176,8 +183,19 @@ class Forward(Derived, Shown):
         names = self._chosen(tangents, values)
         kept = tuple(dict.fromkeys(tied.get(name, name) for name in names))
         outer = tuple(name for name in kept if rank_one and values[name].ndim > 1)
-        request = Request((kept,) * self.depth, directions, self.depth > 1, outer)
-        return self._lowered(args, kwargs, request)
+        moved = (kept,) * (1 if self.batched else directions)
+        sizes = (directions,) if self.batched else ()
+        inner = (kept,) * (self.depth - 1)
+        same = self.depth > 1 and not self.batched
+        return self._lowered(args, kwargs, Request(moved, inner, same, outer, sizes))
+
+    def _request(
+        self, dots: Sequence[Tangents], levels: Sequence[Tangents] = (), same: bool = False
+    ) -> Request:
+        """What a call asks for by tangents of each direction, and of inner levels."""
+        moved, inner = (tuple(map(tuple, each)) for each in (dots, levels))
+        sizes = tuple(len(next(iter(one.values()))) for one in dots) if self.batched else ()  # type: ignore
+        return Request(moved, inner, same, factored(dots), sizes)
 
     def calibrate(self, *args: Any, **kwargs: Any) -> list[Product]:
         """Measures the products of the program on their device; later programs take the fastest.
@@ -222,6 +240,8 @@ class Forward(Derived, Shown):
         tied: dict[str, str],
     ) -> list[dict[str, Tensor | RankOne]]:
         count = self.depth - 1
+        if count and inner is None and self.batched:
+            raise TangentError("inner transforms have one direction, not a batch: give inner=")
         if inner is None:
             return [dots[0]] * count
         levels = [inner] if isinstance(inner, Mapping) else list(inner)
@@ -274,14 +294,19 @@ class Forward(Derived, Shown):
     def _lower(self, args: Sequence[Any], kwargs: Mapping[str, Any], request: Request) -> Lowered:
         captured = self._captured(args, kwargs, request)
         with without_casts():
-            transformed = self._transformed(captured, request.levels[-1], request)
+            transformed = self._transformed(captured, request)
             if request.same:
-                transformed = tie(transformed, suffix(len(request.levels) - 1))
+                transformed = tie(transformed, suffix(len(request.inner)))
+            # what is stacked is measured for the products of a batch
+            passes = tuple(p for p in self.passes if p != "stack" or not request.sizes)
             nestable = transformed.copy()
-            simplify(nestable.graph, self.passes)
+            simplify(nestable.graph, passes)
             program = (transformed if transformed.calls else nestable).copy()
             if program.calls:
                 dissolve(program.graph)
+                simplify(program.graph, passes)
+            if request.sizes:
+                program = batch(program, request.sizes)
                 simplify(program.graph, self.passes)
         stages = {"capture": captured.graph, "transform": transformed.graph}
         sealed = self._sealed(program)
@@ -302,15 +327,15 @@ class Forward(Derived, Shown):
         self, args: Sequence[Any], kwargs: Mapping[str, Any], request: Request
     ) -> Program:
         if not isinstance(self.model, Forward):
-            active = {name for level in request.levels for name in level}
+            active = {name for level in (*request.inner, *request.moved) for name in level}
             return derive(capture(self.model, args, kwargs, self.dynamic, active))
-        *inner, _ = request.levels
-        deeper = Request(tuple(inner), 1, request.same and len(inner) > 1, ())
-        source = self.model._lowered(args, kwargs, deeper).nestable
-        return as_primal(source, suffix(len(inner)))
+        *deeper, last = request.inner
+        inner = Request((last,), tuple(deeper), request.same and len(deeper) > 0)
+        source = self.model._lowered(args, kwargs, inner).nestable
+        return as_primal(source, suffix(len(request.inner)))
 
-    def _transformed(self, captured: Program, active: Sequence[str], request: Request) -> Program:
-        return transform_program(captured, active, request.directions, request.rank_one)
+    def _transformed(self, captured: Program, request: Request) -> Program:
+        return transform_program(captured, request.ways, len(request.moved), request.rank_one)
 
     def _compiled(self, function: Function) -> Function:
         if not self.compile:

@@ -22,6 +22,7 @@ def transform(
     mode: str = "default",
     passes: Sequence[str] = tuple(PASSES),
     dynamic: bool = False,
+    batched: bool = False,
 ) -> Forward:
     """Makes the forward-mode version of a model; nothing is traced before the first call.
 
@@ -35,6 +36,8 @@ def transform(
         dynamic: one program, captured once, serves every size from 2 that the first dimension of
             the inputs may take. Where the model fixes or asks for a size, a call of another size
             is captured anew.
+        batched: tangents have one axis more, in front, along which K directions stand, and so has
+            `y_dot`. The program is no longer for more directions, and has one product for all.
 
     Returns:
         A callable `fwd(*inputs, tangents={name: tangent})` that gives `(y, y_dot)`.
@@ -54,6 +57,7 @@ def transform(
         mode=mode,
         passes=passes,
         dynamic=dynamic,
+        batched=batched,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 from .binding import Tangents, call_values, check_name, check_tangents, dense, results
@@ -54,8 +54,9 @@ class Laplacian(Forward):
         if isinstance(tangents, Mapping) or not tangents:
             raise TangentError("tangents is a sequence with a mapping for each direction")
         values, tied = call_values(self.base, args, kwargs)
-        dots = [dense(check_tangents(one, values, tied)) for one in (*tangents, *first)]
-        request = _Request.along([tuple(one) for one in dots], len(tangents))
+        every = (*tangents, *first)
+        dots = [dense(check_tangents(one, values, tied, self.batched)) for one in every]
+        request = replace(self._request(dots), curved=len(tangents))
         lowered = self._lowered(args, kwargs, request)
         return results(lowered.program, self._run(lowered, values, dots), len(dots))
 
@@ -64,6 +65,7 @@ class Laplacian(Forward):
         *args: Any,
         tangents: Sequence[str | Sequence[str]],
         first: Sequence[str | Sequence[str]] = (),
+        directions: int = 1,
         **kwargs: Any,
     ) -> Lowered:
         """Captures and generates ahead of the first call; nothing is computed.
@@ -72,6 +74,7 @@ class Laplacian(Forward):
             args: example positional arguments.
             tangents: for each direction of a call the name, or names, that have a tangent.
             first: the same of further directions.
+            directions: how many each of them will stand for, if `batched`.
             kwargs: example keyword arguments.
 
         Returns:
@@ -84,29 +87,16 @@ class Laplacian(Forward):
             for name in each:
                 check_name(name, values)
             moved.append(tuple(dict.fromkeys(tied.get(name, name) for name in each)))
-        return self._lowered(args, kwargs, _Request.along(moved, len(tangents)))
+        sizes = (directions,) * len(moved) if self.batched else ()
+        request = Request(tuple(moved), sizes=sizes, curved=len(tangents))
+        return self._lowered(args, kwargs, request)
 
     def _plain(self, passes: Sequence[str]) -> Forward:
         return Laplacian(self.model, passes=passes)
 
-    def _transformed(self, captured: Program, active: Sequence[str], request: Request) -> Program:
-        assert isinstance(request, _Request)
-        moved = request.moved
-        ways = {name: [k for k, names in enumerate(moved) if name in names] for name in active}
-        return second_order(captured, ways, len(moved), range(request.curved))
-
-
-@dataclass(frozen=True)
-class _Request(Request):
-    """The names that move in each direction, and how many of the directions are in the sum."""
-
-    moved: tuple[tuple[str, ...], ...]
-    curved: int
-
-    @staticmethod
-    def along(moved: Sequence[tuple[str, ...]], curved: int) -> _Request:
-        names = tuple(dict.fromkeys(name for each in moved for name in each))
-        return _Request((names,), len(moved), False, (), tuple(moved), curved)
+    def _transformed(self, captured: Program, request: Request) -> Program:
+        count, curved = len(request.moved), range(request.curved)
+        return second_order(captured, request.ways, count, curved, batched=bool(request.sizes))
 
 
 def laplacian(
@@ -117,6 +107,7 @@ def laplacian(
     mode: str = "default",
     passes: Sequence[str] = tuple(PASSES),
     dynamic: bool = False,
+    batched: bool = False,
 ) -> Laplacian:
     """Makes the version of a model that computes a Laplacian; nothing is traced before a call.
 
@@ -132,6 +123,7 @@ def laplacian(
         mode: of torch.compile.
         passes: simplifying passes to take, in order.
         dynamic: one program serves every batch size from 2.
+        batched: tangents have an axis of directions in front, as of `transform`.
 
     Returns:
         A callable `lap(*inputs, tangents=[...], first=[...])` that gives `(y, y_dots, y_ddot)`.
@@ -154,4 +146,5 @@ def laplacian(
         mode=mode,
         passes=passes,
         dynamic=dynamic,
+        batched=batched,
     )

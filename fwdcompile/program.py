@@ -27,13 +27,15 @@ class Slot:
     direction; an output of kind `buffer` or `input` is the new value of something forward changed,
     one of kind `gradient` the forward gradient of a parameter, by activity perturbation, and one of
     kind `second` the sum of an output's second derivatives along directions.
-    `factor` is "u" or "v" where two inputs make one tangent, their outer product.
+    `factor` is "u" or "v" where two inputs make one tangent, their outer product. `size` is the
+    length of the axis in front of a tangent that stands for several directions, 0 without one.
     """
 
     kind: Kind
     name: str
     direction: int = 0
     factor: str = ""
+    size: int = 0
 
 
 @dataclass(frozen=True)

@@ -6,33 +6,51 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .binding import Tangents, signature_of
 from .directions import RankOne
+from .errors import TangentError
 
 
 @dataclass(frozen=True)
 class Request:
-    """What a caller wants generated: the active names of each level, innermost first."""
+    """What a caller wants generated.
 
-    levels: tuple[tuple[str, ...], ...]
-    directions: int
-    same: bool
-    rank_one: tuple[str, ...]
+    Attributes:
+        moved: the names that have a tangent in each direction.
+        inner: the same of each inner transform, innermost first.
+        same: whether the tangents of the inner transforms are those of the last one, too.
+        rank_one: names whose tangents come as factors.
+        sizes: how many directions each stands for, where they are batched.
+        curved: how many of the directions are in a sum of second derivatives.
+    """
 
-    @staticmethod
-    def of(inner: Sequence[Tangents], dots: Sequence[Tangents], same: bool) -> Request:
-        """What a call asks for by tangents of inner levels and of each direction of the last."""
-        levels = tuple(tuple(level) for level in (*inner, dots[0]))
-        rank_one = tuple(name for name, dot in dots[0].items() if isinstance(dot, RankOne))
-        return Request(levels, len(dots), same and bool(inner) and len(dots) == 1, rank_one)
+    moved: tuple[tuple[str, ...], ...]
+    inner: tuple[tuple[str, ...], ...] = ()
+    same: bool = False
+    rank_one: tuple[str, ...] = ()
+    sizes: tuple[int, ...] = ()
+    curved: int = 0
+
+    @property
+    def ways(self) -> dict[str, list[int]]:
+        """The directions in which each name moves."""
+        names = dict.fromkeys(name for each in self.moved for name in each)
+        return {n: [k for k, each in enumerate(self.moved) if n in each] for n in names}
 
 
-def kinds(dots: Tangents) -> dict[str, type]:
-    """Which names have tangents, and whether as factors."""
-    return {name: RankOne if isinstance(dot, RankOne) else Tensor for name, dot in dots.items()}
+def factored(dots: Sequence[Tangents]) -> tuple[str, ...]:
+    """The names whose tangents come as factors.
+
+    Raises:
+        TangentError: a tangent comes as factors in one direction, and in full in another.
+    """
+    kinds: dict[str, bool] = {}
+    for name, dot in (item for one in dots for item in one.items()):
+        if kinds.setdefault(name, isinstance(dot, RankOne)) != isinstance(dot, RankOne):
+            raise TangentError(f"the tangents of {name!r} are RankOne in all directions or in none")
+    return tuple(name for name, is_factored in kinds.items() if is_factored)
 
 
 def suffix(level: int) -> str:

@@ -62,14 +62,12 @@ class Saved:
         tied = tied_names(self._state)
         several = not isinstance(tangents, Mapping)
         each = [tangents] if isinstance(tangents, Mapping) else list(tangents)
-        dots = [check_tangents(one, values, tied) for one in each]
-        wanted = {
-            (slot.name, slot.direction, bool(slot.factor))
-            for slot in self._inputs
-            if slot.kind == "tangent"
-        }
+        moved = [slot for slot in self._inputs if slot.kind == "tangent"]
+        batched = any(slot.size for slot in moved)
+        dots = [check_tangents(one, values, tied, batched) for one in each]
+        wanted = {(s.name, s.direction, bool(s.factor), s.size) for s in moved}
         given = {
-            (name, k, isinstance(dot, RankOne))
+            (name, k, isinstance(dot, RankOne), len(dot) if batched else 0)  # type: ignore[arg-type]
             for k, one in enumerate(dots)
             for name, dot in one.items()
         }
@@ -133,10 +131,10 @@ def load(path: str | Path, model: nn.Module | Mapping[str, Tensor] | None = None
     return Saved(path, state)
 
 
-def _told(tangents: set[tuple[str, int, bool]]) -> str:
+def _told(tangents: set[tuple[str, int, bool, int]]) -> str:
     return ", ".join(
-        f"{name!r} ({'RankOne, ' if factors else ''}direction {k})"
-        for name, k, factors in sorted(tangents)
+        f"{name!r} ({'RankOne, ' if factors else ''}direction {k}{f', {size} each' * bool(size)})"
+        for name, k, factors, size in sorted(tangents)
     )
 
 

@@ -20,7 +20,8 @@ from typing import Any
 from torch import fx
 
 from .apply import Site
-from .program import Program, Slot, can_move, origin
+from .batch import over_directions
+from .program import Program, Slot, can_move, origin, value
 from .transform import Dot, Walk
 
 
@@ -29,6 +30,7 @@ def second_order(
     active: Mapping[str, Collection[int]],
     directions: int,
     curved: Collection[int] | None = None,
+    batched: bool = False,
 ) -> Program:
     """Rewrites a program so that it returns first derivatives, and a sum of second ones.
 
@@ -38,6 +40,7 @@ def second_order(
             each has one.
         directions: how many there are.
         curved: those whose second derivatives are in the sum; by default all.
+        batched: marks where `batch` has to sum over the directions that one stands for.
 
     Returns:
         A program with the inputs and outputs of `transform`, and behind each differentiable output
@@ -50,7 +53,7 @@ def second_order(
     The sum over directions is carried as one number an element, as in Li et al. (2023), "Forward
     Laplacian", and Dangel et al. (2025), "Collapsing Taylor Mode Automatic Differentiation".
     """
-    walk = _Second(program, directions, range(directions) if curved is None else curved)
+    walk = _Second(program, directions, range(directions) if curved is None else curved, batched)
     made = walk.run(active, ())
     slots = (
         replace(slot, kind="second", direction=0) if slot.direction == directions else slot
@@ -62,13 +65,16 @@ def second_order(
 class _Second(Walk):
     """The last of the directions is that of the sum."""
 
-    def __init__(self, program: Program, directions: int, curved: Collection[int]) -> None:
+    def __init__(
+        self, program: Program, directions: int, curved: Collection[int], batched: bool
+    ) -> None:
         super().__init__(program, directions + 1)
-        self.curved = curved
+        self.curved, self.batched = curved, batched
 
     def _again(self, program: Program, active: Collection[str], directions: int) -> Program:
         everywhere = {name: range(directions) for name in active}
-        return _Second(program, directions - 1, self.curved).run(everywhere, ())
+        walk = _Second(program, directions - 1, self.curved, self.batched)
+        return walk.run(everywhere, ())
 
     def _inputs(
         self, active: Mapping[str, Collection[int]], rank_one: Collection[str]
@@ -89,7 +95,7 @@ class _Second(Walk):
             self.dots[self.primals[site.node]] = [*dots, None]
             total = self._dot(site, self.directions[-1])
             for k in self.curved:
-                total = self._sum(total, self._curvature(*first[k], k))
+                total = self._sum(total, self._marked(self._curvature(*first[k], k), k))
         return [*dots, total]
 
     def _written(self, site: Site, direction: int) -> tuple[Dot, list[fx.Node]]:
@@ -122,6 +128,17 @@ class _Second(Walk):
             if can_move(node):
                 dot = self._dot(self._site(node, node), direction)
                 self.dots[node] = [dot if k == direction else None for k in self.directions]
+
+    def _marked(self, curvature: Any, direction: int) -> Any:
+        """The same number, to be summed over directions by `batch`."""
+        if isinstance(curvature, tuple):
+            return tuple(self._marked(part, direction) for part in curvature)
+        if curvature is None or not self.batched:
+            return curvature
+        marked = self.graph.call_function(over_directions, (curvature, direction))
+        marked.meta["val"] = value(curvature)
+        self.recorder.fake(marked)
+        return marked
 
     def _of(self, node: fx.Node, direction: int) -> Any:
         return self.dots[node][direction] if node in self.dots else None

@@ -126,6 +126,7 @@ _aten = torch.ops.aten
 _IDENTITIES = {
     _aten.expand.default,
     _aten.view.default,
+    _aten.permute.default,
     _aten._to_copy.default,
     _aten.clone.default,
     _aten.alias.default,

@@ -127,6 +127,12 @@ def _equal(a: Sequence[Any], b: Sequence[Any]) -> bool:
     return len(a) == len(b) and all(statically_known_true(x == y) for x, y in pairs)
 
 
+def wider(x: Tensor, size: int) -> Tensor:
+    """An uninitialised tensor of `size` entries in a row, each laid out as `x`."""
+    like = torch.empty_like(x)
+    return like.new_empty_strided((size, *x.shape), (like.numel(), *like.stride()))
+
+
 def unify(a: Tensor, b: Tensor) -> None:
     """Equates the sizes that depend on values, for a tangent has the shape of its primal."""
     for x, y in zip(a.shape, b.shape, strict=False):

@@ -30,6 +30,8 @@ class Convention:
             them, one after the other.
         carried: whether the first list holds values that the body's first results replace.
         conditions: how many of the programs, the first ones, do not make the op's results.
+        sliced: which of the lists holds what each round takes a slice of; results that are not
+            carried are then stacked along a first axis.
     """
 
     function: Callable[..., Any]
@@ -37,6 +39,7 @@ class Convention:
     operands: tuple[int, ...]
     carried: bool = False
     conditions: int = 0
+    sliced: int | None = None
 
 
 CONVENTIONS: Mapping[Any, Convention] = {
@@ -44,8 +47,10 @@ CONVENTIONS: Mapping[Any, Convention] = {
     torch.ops.higher_order.while_loop: Convention(
         control._while_loop, ("condition", "body"), (2, 3), carried=True, conditions=1
     ),
-    torch.ops.higher_order.scan: Convention(control._scan, ("body",), (1, 2, 3), carried=True),
-    torch.ops.higher_order.map_impl: Convention(control._map, ("body",), (1, 2)),
+    torch.ops.higher_order.scan: Convention(
+        control._scan, ("body",), (1, 2, 3), carried=True, sliced=1
+    ),
+    torch.ops.higher_order.map_impl: Convention(control._map, ("body",), (1, 2), sliced=0),
 }
 
 

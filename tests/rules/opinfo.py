@@ -228,6 +228,26 @@ def check_second(case: Case, rtol: float, atol: float) -> None:
     torch.testing.assert_close(found, (y, y_dots, y_ddot), rtol=rtol, atol=atol, equal_nan=True)
 
 
+def check_batched(case: Case, rtol: float, atol: float) -> None:
+    """Compares derivatives along a batch of directions with those along one after another."""
+    ways = [{f"xs.{i}": dot for i, dot in directions(case, seed).items()} for seed in range(1, 4)]
+    both = [{name: torch.stack([way[name] for way in ways]) for name in ways[0]}]
+    for maker in (fwdcompile.transform, fwdcompile.laplacian):
+        try:
+            one_by_one = maker(case.function)
+            y, y_dots, *sums = seeded(lambda made=one_by_one: made(*case.tensors, tangents=ways))
+        except fwdcompile.FwdcompileError as error:
+            with pytest.raises(type(error)):
+                maker(case.function, batched=True)(*case.tensors, tangents=both)
+            continue
+        together = maker(case.function, batched=True)
+        found = seeded(lambda made=together: made(*case.tensors, tangents=both))
+        each = zip(*y_dots, strict=True)
+        stacked = tuple(None if d[0] is None else torch.stack(d) for d in each)
+        expected = (y, (stacked,), *sums)
+        torch.testing.assert_close(found, expected, rtol=rtol, atol=atol, equal_nan=True)
+
+
 def _assert_close(mine: list[Tensor], theirs: list[Tensor], rtol: float, atol: float) -> None:
     for a, b in zip(mine, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=rtol, atol=atol, equal_nan=True)

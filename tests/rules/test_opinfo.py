@@ -123,6 +123,13 @@ def test_sums_of_second_derivatives(name: str) -> None:
             opinfo.check_second(case, *TOLERANCES.get(name, (1e-7, 1e-8)))
 
 
+@pytest.mark.parametrize("name", _some(4))
+def test_batches_of_directions(name: str) -> None:
+    for case in opinfo.cases(ENTRIES[name], limit=SOME):
+        if case.active:
+            opinfo.check_batched(case, *TOLERANCES.get(name, (1e-8, 1e-9)))
+
+
 # Entries without a check of variants, and why.
 NO_VARIANTS = {
     **dict.fromkeys(
