@@ -23,6 +23,7 @@ from .errors import (
 from .fgd import FGD, ForwardGradient
 from .forward import Forward
 from .functional import jvp, transform
+from .jacobian import jacfwd
 from .laplacian import Laplacian, laplacian
 from .lowered import Lowered
 from .saved import Saved, load
@@ -52,6 +53,7 @@ __all__ = [
     "Sphere",
     "TangentError",
     "distributed",
+    "jacfwd",
     "jvp",
     "laplacian",
     "load",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch.utils import _pytree as pytree
 from .errors import TangentError
 from .forward import Forward
 from .parts import input_leaves
+from .program import is_differentiable
 
 
 def jacfwd(
@@ -56,24 +58,71 @@ def jacfwd(
         raise ValueError(f"chunk_size must be positive, not {chunk_size}")
     forward = Forward(func, batched=True, compile=compile)
     several = isinstance(argnums, tuple)
-    numbers: Sequence[int] = argnums if isinstance(argnums, tuple) else (argnums,)
+    numbers = argnums if isinstance(argnums, tuple) else (argnums,)
 
     @functools.wraps(func)
     def jacobian(*args: Any, **kwargs: Any) -> Any:
-        chosen = _leaves(func, numbers, args, kwargs)
-        y, columns = _columns(forward, chosen, chunk_size, args, kwargs)
-        if has_aux:
-            y, columns = y[0], [each[0] for each in columns]
-        picked = tuple(args[i] for i in numbers) if several else args[numbers[0]]
-        spec = pytree.tree_structure(picked)
+        picked = tuple(_argument(args, number) for number in numbers)
+        inputs = _leaves_of(func, args, kwargs, [number % len(args) for number in numbers])
+        y, columns = _columns(functools.partial(forward, *args, **kwargs), inputs, chunk_size)
         leaves, out_spec = pytree.tree_flatten(y)
-        parts = [pytree.tree_leaves(each, is_leaf=lambda x: x is None) for each in columns]
-        inputs = list(chosen.values())
+        in_spec = pytree.tree_structure(picked if several else picked[0])
         blocks = [
-            pytree.tree_unflatten([_block(p[i], x) for p, x in zip(parts, inputs, strict=True)], spec)
+            pytree.tree_unflatten([_block(each[i], x) for each, x in columns], in_spec)
             for i in range(len(leaves))
         ]
-        jac = pytree.tree_unflatten(blocks, out_spec)
-        return (jac, forward_aux(y)) if has_aux else jac
+        whole = pytree.tree_unflatten(blocks, out_spec)
+        return (whole[0], y[1]) if has_aux else whole
 
     return jacobian
+
+
+def _argument(args: Sequence[Any], number: int) -> Any:
+    if not -len(args) <= number < len(args):
+        raise TangentError(f"there is no positional argument {number} of {len(args)}")
+    return args[number]
+
+
+def _leaves_of(
+    func: Callable[..., Any], args: Sequence[Any], kwargs: Any, numbers: Sequence[int]
+) -> dict[str, Tensor]:
+    """The leaves of some positional arguments, by the names that their tangents have."""
+    named = iter(input_leaves(func, args, kwargs))
+    each = [list(itertools.islice(named, len(pytree.tree_leaves(arg)))) for arg in args]
+    return dict(pair for number in numbers for pair in each[number])
+
+
+def _columns(
+    forward: Callable[..., Any], inputs: Mapping[str, Tensor], chunk_size: int | None
+) -> tuple[Any, list[tuple[list[Any], Tensor]]]:
+    """The output, and for each input the derivatives of all outputs along its axes, in rows."""
+    bases = {name: _axes(name, x) for name, x in inputs.items()}
+    if chunk_size is None:
+        y, y_dots = forward(tangents=[{name: basis} for name, basis in bases.items()])
+        return y, [
+            (pytree.tree_leaves(dot), x) for dot, x in zip(y_dots, inputs.values(), strict=True)
+        ]
+    columns = []
+    for name, x in inputs.items():
+        parts = []
+        for some in torch.split(bases[name], chunk_size):
+            y, y_dot = forward(tangents={name: some})
+            parts.append(pytree.tree_leaves(y_dot))
+        columns.append(([_joined(one) for one in zip(*parts, strict=True)], x))
+    return y, columns
+
+
+def _axes(name: str, x: Any) -> Tensor:
+    """The unit tangents of a tensor, in a row."""
+    if not is_differentiable(x) or not x.numel():
+        raise TangentError(f"{name!r} is no floating-point tensor with elements")
+    return torch.eye(x.numel(), dtype=x.dtype, device=x.device).view(-1, *x.shape)
+
+
+def _joined(parts: Sequence[Any]) -> Any:
+    return None if parts[0] is None else torch.cat(list(parts))
+
+
+def _block(rows: Any, x: Tensor) -> Any:
+    """Of derivatives along the axes of `x`, one a row, the Jacobian `[*out, *in]`."""
+    return None if rows is None else rows.movedim(0, -1).reshape(*rows.shape[1:], *x.shape)

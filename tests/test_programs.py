@@ -49,6 +49,16 @@ def two_directions_like_one_each(program: Program) -> None:
         assert_tangents(program, y_dot, alone_dot)
 
 
+def batched_like_one_each(program: Program) -> None:
+    dots = [program.tangents, program.other_tangents]
+    both = {name: torch.stack([one[name] for one in dots]) for name in dots[0]}
+    y, y_dot = fwdcompile.transform(program.f, batched=True)(*program.inputs, tangents=both)
+    for k, one in enumerate(dots):
+        alone, alone_dot = fwdcompile.transform(program.f)(*program.inputs, tangents=one)
+        assert_equal(y, alone)
+        assert_tangents(program, [d if d is None else d[k] for d in y_dot], alone_dot)
+
+
 def saved_like_generated(program: Program, folder: Path) -> None:
     fwd = fwdcompile.transform(program.f)
     y, y_dot = fwd(*program.inputs, tangents=program.tangents)
@@ -170,6 +180,11 @@ SIZES = [10, pytest.param(200, marks=pytest.mark.slow)]
 @pytest.mark.parametrize("count", SIZES)
 def test_two_directions(count):
     check_programs(two_directions_like_one_each, count)
+
+
+@pytest.mark.parametrize("count", SIZES)
+def test_batches_of_directions(count):
+    check_programs(batched_like_one_each, count)
 
 
 @pytest.mark.parametrize("count", SIZES)

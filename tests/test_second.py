@@ -8,11 +8,11 @@ from typing import Any
 import custom_functions as zoo
 import pytest
 import torch
+from controls import branch, loop, recurrence
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from nets import Decoder, Flow, Mlp, Tied, axes
 from torch import Tensor, nn
-from torch._higher_order_ops import scan, while_loop
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -148,32 +148,12 @@ def test_buffers_move_once_and_random_numbers_are_the_models() -> None:
     assert model[1].num_batches_tracked == 3
 
 
-def _cond(x: Tensor) -> Tensor:
-    return torch.cond(x.sum() > 0, lambda x: (x**3).sum(), lambda x: x.exp().prod(), (x,))
-
-
-def _scan(x: Tensor) -> Tensor:
-    def step(c: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
-        new = torch.sin(c * w) + c
-        return new, new * new
-
-    last, each = scan(step, x, torch.linspace(0.1, 1, 4, dtype=F64)[:, None].expand(4, 3))
-    return (last * last).sum() + each.prod()
-
-
 def _scanned(x: Tensor) -> Tensor:
     each = []
     for w in torch.linspace(0.1, 1, 4, dtype=F64):
         x = torch.sin(x * w) + x
         each.append(x * x)
     return (x * x).sum() + torch.stack(each).prod()
-
-
-def _loop(x: Tensor) -> Tensor:
-    def body(i: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        return i + 1, y * x.cos() + y.sin()
-
-    return while_loop(lambda i, y: i < 3, body, (torch.tensor(0), x.exp()))[1].prod()
 
 
 def _looped(x: Tensor) -> Tensor:
@@ -186,10 +166,10 @@ def _looped(x: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("function", "plain", "sign"),
     [
-        (_cond, lambda x: (x**3).sum(), 1),
-        (_cond, lambda x: x.exp().prod(), -1),
-        (_scan, _scanned, 1),
-        (_loop, _looped, 1),
+        (branch, lambda x: (x**3).sum(), 1),
+        (branch, lambda x: x.exp().prod(), -1),
+        (recurrence, _scanned, 1),
+        (loop, _looped, 1),
     ],
     ids=["true", "false", "scan", "while_loop"],
 )
