@@ -182,8 +182,10 @@ class _Walk:
             return self.axis.keys().isdisjoint(node.all_input_nodes[1:])
         if node.target is aten.matmul.default:
             return aligned and min(ranks.values()) > 1
-        # a tensor without axes has a weaker dtype than one with some
+        # what autograd alone calls need not broadcast: aten.gelu_backward by oneDNN does not
         is_pointwise = torch.Tag.pointwise in getattr(node.target, "tags", ())
+        is_pointwise = is_pointwise and not op_name(node).endswith("_backward")
+        # a tensor without axes has a weaker dtype than one with some
         return is_pointwise and aligned and max(ranks.values()) > 0
 
     def _widened(self, node: fx.Node, size: int) -> fx.Node:

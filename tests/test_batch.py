@@ -115,6 +115,13 @@ def test_buffers_move_once_and_random_numbers_are_the_models() -> None:
     close(dict(model.named_buffers()), after)
 
 
+def test_kernels_that_do_not_broadcast() -> None:
+    x, dots = torch.randn(16, 8, 8), torch.randn(3, 16, 8, 8)
+    y, y_dots = fwdcompile.transform(nn.GELU())(x, tangents=rows({"input": dots}))
+    y, y_dot = fwdcompile.transform(nn.GELU(), batched=True)(x, tangents={"input": dots})
+    torch.testing.assert_close(y_dot, torch.stack(y_dots))
+
+
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_layouts(layout: torch.memory_format) -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten()).double()
