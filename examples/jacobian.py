@@ -1,8 +1,8 @@
 """The Jacobian of a robot arm by forward mode, all columns from one program, and what it is for.
 
 An arm of n joints maps its angles to the place and the direction of its hand. One run of the
-generated program gives the place and n tangents, the columns of the Jacobian, which share the
-primal. Damped Gauss-Newton steps with it move many arms to their targets at once.
+generated program gives the place and a batch of n tangents, the columns of the Jacobian. Damped
+Gauss-Newton steps with it move many arms to their targets at once.
 
     python examples/jacobian.py
 """
@@ -20,7 +20,7 @@ class Arm:
 
     def __init__(self, joints: int) -> None:
         self.joints = joints
-        self.forward = fwdcompile.transform(self.hand)
+        self.forward = fwdcompile.transform(self.hand, batched=True)
 
     def hand(self, angles: Tensor) -> Tensor:
         turned = angles.cumsum(-1)
@@ -29,10 +29,9 @@ class Arm:
 
     def jacobian(self, angles: Tensor) -> tuple[Tensor, Tensor]:
         """The hands, `[arms, 3]`, and their derivatives by each angle, `[arms, 3, joints]`."""
-        units = torch.eye(self.joints, dtype=angles.dtype)
-        tangents = [{"angles": unit.expand_as(angles).contiguous()} for unit in units]
-        hands, columns = self.forward(angles, tangents=tangents)
-        return hands, torch.stack(columns, -1)
+        units = torch.eye(self.joints, dtype=angles.dtype)[:, None].expand(-1, *angles.shape)
+        hands, columns = self.forward(angles, tangents={"angles": units})
+        return hands, columns.movedim(0, -1)
 
 
 def reach(arm: Arm, angles: Tensor, targets: Tensor, steps: int) -> Tensor:

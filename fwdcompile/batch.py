@@ -20,6 +20,7 @@ from torch.func import vmap
 
 from . import rule
 from .errors import RuleError
+from .products import as_einsum
 from .program import Program, Slot, op_name, output_nodes, programs_of, rename, value
 from .sizes import Sym, wider
 from .subgraph import CONVENTIONS, operands_of, plain
@@ -134,7 +135,7 @@ class _Walk:
     def _label(self, node: fx.Node, before: fx.Node) -> None:
         """Gives what is new behind `before` the name, origin and role of `node`, or of its glue."""
         copy = self.copies.get(node)
-        if copy is not None and node.target is not over_directions:
+        if copy is not None and (node.target, node.meta.get("role")) != (over_directions, "glue"):
             self.names.setdefault(copy, node.name)
         kept = {key: x for key, x in node.meta.items() if key != "val"}
         glue = {"role": "glue", "of": node.meta.get("of", node.name)}
@@ -144,9 +145,25 @@ class _Walk:
     def _sum(self, node: fx.Node) -> None:
         source, direction = node.args
         with self.recorder.active():
-            x = self.recorder.fake(self.copies[source])  # type: ignore[index]
-            total = x.sum(0) if source in self.axis else x * self.sizes[direction]  # type: ignore
+            total = self._total(source, self.sizes[direction])  # type: ignore[arg-type,index]
             self.copies[node] = self.recorder.node(total)
+
+    def _total(self, node: fx.Node, size: int) -> Any:
+        """The sum of a node over directions; products contract over them."""
+        if node not in self.axis:
+            return self._fake(node) * size
+        if node.target is aten.add.Tensor and len(node.args) == 2 and not node.kwargs:
+            parts = [self._total(arg, size) for arg in node.all_input_nodes]
+            return parts[0] + parts[-1]
+        if product := as_einsum(node, self.axis, summed=True):
+            return self._einsum(*product)
+        return self._fake(node).sum(0)
+
+    def _einsum(self, equation: str, operands: Sequence[fx.Node]) -> Any:
+        return aten.einsum.default(equation, [self._fake(x) for x in operands])
+
+    def _fake(self, node: fx.Node) -> Any:
+        return self.recorder.fake(self.copies[node])
 
     def _map(self, node: fx.Node, size: int) -> None:
         """Traces an op for all directions at once."""
@@ -160,9 +177,11 @@ class _Walk:
         dims = tuple(0 if arg in self.axis else None for arg in inputs)
         last = self.graph._root.prev
         with self.recorder.active():
-            fakes = [self.recorder.fake(self.copies[arg]) for arg in inputs]
+            fakes = [self._fake(arg) for arg in inputs]
             if self._broadcasts(node):
                 out = call(*fakes)
+            elif product := as_einsum(node, self.axis, summed=False):
+                out = self._einsum(*product)
             else:
                 try:
                     out = _vmapped(call, dims, fakes)
@@ -181,12 +200,16 @@ class _Walk:
         if node.target is aten.linear.default:
             return self.axis.keys().isdisjoint(node.all_input_nodes[1:])
         if node.target is aten.matmul.default:
-            return aligned and min(ranks.values()) > 1
+            return aligned and min(ranks.values()) > 1 and self._folds(ranks)
         # what autograd alone calls need not broadcast: aten.gelu_backward by oneDNN does not
         is_pointwise = torch.Tag.pointwise in getattr(node.target, "tags", ())
         is_pointwise = is_pointwise and not op_name(node).endswith("_backward")
         # a tensor without axes has a weaker dtype than one with some
         return is_pointwise and aligned and max(ranks.values()) > 0
+
+    def _folds(self, ranks: Mapping[fx.Node, int]) -> bool:
+        """Whether operands of these ranks are multiplied without a copy for each direction."""
+        return all(arg in self.axis or rank == 2 for arg, rank in ranks.items())
 
     def _widened(self, node: fx.Node, size: int) -> fx.Node:
         """The copy of a node, with the axis if it is wanted with one."""

@@ -62,6 +62,12 @@ PROGRAMS: dict[str, Any] = {
     "dropout": (nn.Sequential(nn.Linear(3, 3), nn.Dropout()), (torch.zeros(2, 3),), "parameters"),
     "cond": (Gated(), (torch.zeros(2, 3),), "parameters"),
     "laplacian": (fwdcompile.laplacian(Mlp()), (torch.zeros(4, 6),), ["x", "x"]),
+    "laplacian_batched": (
+        fwdcompile.laplacian(Flow(), batched=True),
+        (torch.zeros(2, 3, 2), torch.zeros(2, 1)),
+        ["x"],
+        {"directions": 6},
+    ),
 }
 
 
