@@ -8,18 +8,17 @@ is called for one direction after another.
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from operator import getitem
 from typing import Any
 
 import torch
 from torch import fx
-from torch.func import vmap
 
 from . import rule
 from .errors import RuleError
+from .mapped import broadcasts, one_by_one, vmapped
 from .products import as_einsum
 from .program import Program, Slot, op_name, output_nodes, programs_of, rename, value
 from .sizes import Sym, wider
@@ -178,38 +177,20 @@ class _Walk:
         last = self.graph._root.prev
         with self.recorder.active():
             fakes = [self._fake(arg) for arg in inputs]
-            if self._broadcasts(node):
+            if broadcasts(node, self.axis):
                 out = call(*fakes)
             elif product := as_einsum(node, self.axis, summed=False):
                 out = self._einsum(*product)
             else:
                 try:
-                    out = _vmapped(call, dims, fakes)
-                except (RuntimeError, RuleError):  # it has no batching rule, or one that writes
+                    out = vmapped(call, dims, fakes, value(node))
+                except (RuntimeError, RuleError):  # RuleError: a batching rule writes in place
                     self.given_up += _behind(last)
-                    out = _one_by_one(call, dims, fakes, size)
+                    out = one_by_one(call, dims, fakes, size)
             if isinstance(out, list | tuple):
                 self.several[node] = [(self.recorder.node(x), size) for x in out]
             else:
                 self.copies[node], self.axis[node] = self.recorder.node(out), size
-
-    def _broadcasts(self, node: fx.Node) -> bool:
-        """Whether an op takes the new axis as it takes any first one."""
-        ranks = {arg: value(arg).ndim for arg in node.all_input_nodes}
-        aligned = all(ranks[arg] == max(ranks.values()) for arg in ranks if arg in self.axis)
-        if node.target is aten.linear.default:
-            return self.axis.keys().isdisjoint(node.all_input_nodes[1:])
-        if node.target is aten.matmul.default:
-            return aligned and min(ranks.values()) > 1 and self._folds(ranks)
-        # what autograd alone calls need not broadcast: aten.gelu_backward by oneDNN does not
-        is_pointwise = torch.Tag.pointwise in getattr(node.target, "tags", ())
-        is_pointwise = is_pointwise and not op_name(node).endswith("_backward")
-        # a tensor without axes has a weaker dtype than one with some
-        return is_pointwise and aligned and max(ranks.values()) > 0
-
-    def _folds(self, ranks: Mapping[fx.Node, int]) -> bool:
-        """Whether operands of these ranks are multiplied without a copy for each direction."""
-        return all(arg in self.axis or rank == 2 for arg, rank in ranks.items())
 
     def _widened(self, node: fx.Node, size: int) -> fx.Node:
         """The copy of a node, with the axis if it is wanted with one."""
@@ -283,24 +264,6 @@ class _Walk:
         """The first two axes change places."""
         with self.recorder.active():
             return self.recorder.node(self.recorder.fake(node).transpose(0, 1))
-
-
-def _vmapped(call: Callable[..., Any], dims: Sequence[int | None], fakes: list[Any]) -> Any:
-    with warnings.catch_warnings():  # of an op that torch runs for one direction after another
-        warnings.filterwarnings("ignore", "There is a performance drop")
-        return vmap(call, tuple(dims))(*fakes)
-
-
-def _one_by_one(
-    call: Callable[..., Any], dims: Sequence[int | None], fakes: list[Any], size: int
-) -> Any:
-    outs = []
-    for k in range(size):
-        pairs = zip(fakes, dims, strict=True)
-        outs.append(call(*(x if dim is None else x.select(0, k) for x, dim in pairs)))
-    if isinstance(outs[0], list | tuple):
-        return [torch.stack(each) for each in zip(*outs, strict=True)]
-    return torch.stack(outs)
 
 
 def _behind(node: fx.Node) -> list[fx.Node]:
