@@ -11,7 +11,7 @@ WORKERS ?= 2
 BENCH_ARGS ?=
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-all test-oldest lint golden bench bench-gpu bench-memory bench-attention bench-laplacian bench-capture bench-without-torch clean coverage zoo beyond-torch
+.PHONY: demo test test-all test-oldest lint golden bench bench-gpu bench-memory bench-attention bench-laplacian bench-jacobians bench-capture bench-without-torch clean coverage zoo beyond-torch
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -80,11 +80,14 @@ bench-attention: .venv/installed
 	$(BIN)/python benchmarks/attention.py
 
 # another peer, on Python 3.12: .venv/bin/pip install -c constraints.txt -e '.[taylor]'
-bench-laplacian: export OMP_NUM_THREADS = 2
-bench-laplacian: export MALLOC_TRIM_THRESHOLD_ = 4000000000
-bench-laplacian: export MALLOC_MMAP_THRESHOLD_ = 33554432
+bench-laplacian bench-jacobians: export OMP_NUM_THREADS = 2
+bench-laplacian bench-jacobians: export MALLOC_TRIM_THRESHOLD_ = 4000000000
+bench-laplacian bench-jacobians: export MALLOC_MMAP_THRESHOLD_ = 33554432
 bench-laplacian: .venv/installed
 	$(BIN)/python benchmarks/laplacian.py
+
+bench-jacobians: .venv/installed
+	$(BIN)/python benchmarks/jacobians.py
 
 bench-capture: .venv/installed
 	$(BIN)/python benchmarks/capture.py

@@ -2,10 +2,9 @@
 
     python benchmarks/laplacian.py [--fields "3 inputs"] [--pairs 24] [--out docs/results]
 
-Everything runs in one process; ways take turns, and a ratio is the median over paired turns. JAX
-comes last, as its threads spin on, and takes turns with `fwdcompile.laplacian` alone. A way whose
-Laplacian is not that of autograd in float64, or whose gradient is not that of differences, is not
-timed.
+Everything runs in one process; ways take turns, and a ratio is the median over paired turns. A way
+whose Laplacian is not that of autograd in float64, or whose gradient is not that of differences, is
+not timed.
 """
 
 from __future__ import annotations
@@ -13,27 +12,23 @@ from __future__ import annotations
 import argparse
 import gc
 import importlib
-import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from contest import CPU, Run, contest, milliseconds, run_under, seconds, table
 from fields import FIELDS, OURS, WAYS, backward_twice, loss
-from results import RESULTS, Cells, hardware, header, load, prepare, publish, refusal
+from results import RESULTS, Cells, header, load, prepare, publish
 from torch import Tensor, nn
 from torch._inductor.utils import fresh_cache
 
-from fwdcompile.measure import ratio, take_turns, timed
+from fwdcompile.measure import timed
 
-CPU = torch.device("cpu")
 JAX = ("jax.hessian, jitted", "jax jet, jitted")
 TASKS = {"evaluated": "u, its slopes and its Laplacian", "trained": "the gradient of their loss"}
-PAUSE = 0.02
-TURN = 2  # runs between two looks at the clock
 WRONG = 1e-2
-Run = Callable[[], Any]
 
 
 def start(way: str, model: nn.Module, x: Tensor, task: str) -> tuple[Run, float]:
@@ -99,37 +94,21 @@ def measure(field: str, task: str, pairs: int, ways: list[str]) -> Cells:
     torch._dynamo.reset()
     gc.collect()
     model, x = FIELDS[field].make(), torch.randn(FIELDS[field].batch, FIELDS[field].inputs)
-    runs: dict[str, Run] = {}
-    first: dict[str, float] = {}
-    cells: Cells = {}
-    for group in ([way for way in ways if way not in JAX], [way for way in ways if way in JAX]):
-        for way in group:
-            try:
-                runs[way], first[way] = start(way, model, x, task)
-            except Exception as error:
-                cells[way] = refusal(error)
-        taking = {way: runs[way] for way in (OURS, *group) if way in runs}
-        turns = take_turns(taking, TURN, CPU, pairs, PAUSE if group and group[0] in JAX else 0.0)
-        for way in (way for way in group if way in runs):
-            cells[way] = {
-                "ms": statistics.median(turns[way]) * 1e3,
-                "first, seconds": first[way],
-                "ratio": ratio(turns, way, OURS),
-            }
-    return cells
+    starts = {way: lambda way=way: start(way, model, x, task) for way in ways}
+    return contest(starts, OURS, JAX, pairs)
 
 
 def page(result: dict[str, Any]) -> str:
     """The result as Markdown."""
     fields = result["works"]
-    parts = []
-    for task, what in TASKS.items():
-        parts.append(
-            _table(f"{what}, ms", fields, task, lambda c: f"{c['ms']:.2f} ({c['ratio']:.2f})")
-        )
-    for task, what in TASKS.items():
-        title = f"{what}, seconds of the first"
-        parts.append(_table(title, fields, task, lambda c: f"{c['first, seconds']:.1f}"))
+    columns = {task: {name: entry[task] for name, entry in fields.items()} for task in TASKS}
+    ways = [*WAYS, *JAX]
+    cells = (("ms", milliseconds), ("seconds of the first", seconds))
+    parts = [
+        table(f"{what}, {unit}", ways, columns[task], text)
+        for unit, text in cells
+        for task, what in TASKS.items()
+    ]
     parts += [
         f"- {field}, {way}, {task}: `{cell['refused']}`"
         for field, entry in fields.items()
@@ -139,25 +118,11 @@ def page(result: dict[str, Any]) -> str:
     ]
     sizes = ", ".join(f"{name} {entry['batch']}" for name, entry in fields.items())
     entry = next(iter(fields.values()))
-    machine = entry["environment"]
     parts.append(
-        f"\nIn brackets the ratio to `{OURS}`. Points: {sizes}. {hardware(entry)}, "
-        f"{machine['threads']} threads, torch {machine['torch']}, JAX {machine['jax']}, float32. "
-        "Written by `make bench-laplacian`.\n"
+        f"\nIn brackets the ratio to `{OURS}`. Points: {sizes}. "
+        + run_under(entry, "make bench-laplacian")
     )
     return "\n".join(parts)
-
-
-def _table(
-    title: str, fields: dict[str, Any], task: str, text: Callable[[dict[str, Any]], str]
-) -> str:
-    rows = [f"| {title} | {' | '.join(fields)} |", "|---" * (1 + len(fields)) + "|"]
-    for way in (*WAYS, *JAX):
-        cells = [entry[task].get(way) for entry in fields.values()]
-        if any(cells):
-            texts = ("" if c is None else "-" if "refused" in c else text(c) for c in cells)
-            rows.append(f"| {way} | {' | '.join(texts)} |")
-    return "\n".join(rows) + "\n"
 
 
 def main() -> None:

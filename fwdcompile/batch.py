@@ -18,7 +18,7 @@ from torch import fx
 
 from . import rule
 from .errors import RuleError
-from .mapped import broadcasts, one_by_one, vmapped
+from .mapped import broadcasts, one_by_one, scales, vmapped
 from .products import as_einsum
 from .program import Program, Slot, op_name, output_nodes, programs_of, rename, value
 from .sizes import Sym, wider
@@ -181,6 +181,9 @@ class _Walk:
                 out = call(*fakes)
             elif product := as_einsum(node, self.axis, summed=False):
                 out = self._einsum(*product)
+            elif scales(node, self.axis):
+                d, x = fakes
+                out = d * call(aten.ones_like.default(x), x)
             else:
                 try:
                     out = vmapped(call, dims, fakes, value(node))

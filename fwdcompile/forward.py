@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .autocast import casts, without_casts
-from .batch import batch
+from .autocast import without_casts
 from .binding import (
     Tangents,
     arrange,
@@ -20,66 +18,25 @@ from .binding import (
     check_tangents,
     dense,
     results,
-    signature_of,
     store,
 )
-from .calls import settle
-from .capture import capture
 from .compiling import replays
 from .costs import Product, calibrate
-from .custom import FUNCTION, dissolve
 from .directions import RankOne
 from .errors import TangentError
-from .inside import ask_for, is_capturing, refuse_open_sizes, refused
-from .lowered import Function, Lowered, Shown, generate
-from .nesting import as_primal, tie
-from .parts import Derived, Model, modules_of
-from .program import Program, graphs, is_differentiable
-from .pushforward import derive
-from .remake import refuse_autograd, remake
-from .request import Request, factored, fixed, inputs_key, suffix
-from .simplify import PASSES, detach_tangents, simplify
-from .sizes import mark_open, serves
+from .inside import is_capturing, refused
+from .lowered import Lowered
+from .lowering import Lowering
+from .parts import modules_of
+from .program import graphs, is_differentiable
+from .remake import refuse_autograd
+from .request import Request, factored, suffix
+from .sizes import mark_open
 from .stack import forms, groups
-from .transform import transform as transform_program
 
 
-class Forward(Derived, Shown):
+class Forward(Lowering):
     """A model with its forward-mode derivative. Make one with `fwdcompile.transform`."""
-
-    nests = True  # whether a transform of it is possible
-    differentiable = True  # whether autograd may go through its programs
-
-    def __init__(
-        self,
-        model: Model | Forward,
-        *,
-        tracks_grad: bool = True,
-        compile: bool = False,
-        mode: str = "default",
-        passes: Sequence[str] = tuple(PASSES),
-        dynamic: bool = False,
-        batched: bool = False,
-    ) -> None:
-        if dynamic and isinstance(model, Forward) and not model.dynamic:
-            raise ValueError("give dynamic=True to the innermost transform, which captures")
-        if isinstance(model, Forward) and not (self.nests and model.nests):
-            raise TangentError("a Laplacian is that of a model, and no transform is one of it")
-        if isinstance(model, Forward) and model.batched:
-            raise TangentError("only the outermost transform can be batched")
-        self._lasts = not is_capturing()
-        self.model = model
-        self.base: Model = model.base if isinstance(model, Forward) else model
-        self.depth: int = model.depth + 1 if isinstance(model, Forward) else 1
-        self.tracks_grad = tracks_grad
-        self.compile = compile
-        self.mode = mode
-        self.passes = tuple(passes)
-        self.batched: bool = batched
-        self.dynamic: bool = model.dynamic if isinstance(model, Forward) else dynamic
-        self._cache: dict[Any, Lowered] = {}
-        self._asked: set[Any] = set()
-        self._last = None
 
     def __call__(
         self,
@@ -248,100 +205,6 @@ class Forward(Derived, Shown):
         if len(levels) != count:
             raise TangentError(f"inner needs tangents for {count} inner transforms")
         return [dense(check_tangents(level, values, tied)) for level in levels]
-
-    def _lowered(self, args: Sequence[Any], kwargs: Mapping[str, Any], request: Request) -> Lowered:
-        if is_capturing():
-            refuse_open_sizes((args, kwargs))
-        key = (self._state_key(), request, *inputs_key(args, kwargs))
-        if key not in self._cache:
-            if is_capturing():
-                self._ask(key, args, kwargs, request)
-            served = self._served(key, args, kwargs) if self.dynamic else None
-            self._cache[key] = served or self._lower(args, kwargs, request)
-        self._last = self._cache[key]
-        return self._last
-
-    def _ask(self, key: Any, args: Any, kwargs: Any, request: Request) -> None:
-        """Has a program made for the model that calls this one, outside of its capture."""
-        if not self._lasts:
-            raise refused("it is made anew in each call; make it once, outside of forward")
-        if key in self._asked:
-            raise refused("forward sets training flags, or autocast, that do not hold outside")
-
-        def make(args: Any, kwargs: Any) -> None:
-            self._lowered(args, kwargs, request)
-            self._asked.add(key)
-
-        ask_for(make, args, kwargs)
-
-    def _served(
-        self, key: tuple[Any, ...], args: Sequence[Any], kwargs: Mapping[str, Any]
-    ) -> Lowered | None:
-        """A program made for other sizes that is right for these as well."""
-        values, _ = call_values(self.base, args, kwargs)
-        for (state, request, leaves, spec), lowered in self._cache.items():
-            alike = (state, request, spec) == (key[0], key[1], key[3])
-            if alike and fixed(leaves) == fixed(key[2]) and serves(lowered.program, values):
-                return lowered
-        return None
-
-    def _state_key(self) -> Any:
-        modules = modules_of(self.base).values()
-        flags = tuple(m.training for module in modules for m in module.modules())
-        state = (t for module in modules for t in (*module.parameters(), *module.buffers()))
-        return flags, tuple(map(signature_of, state)), casts()
-
-    def _lower(self, args: Sequence[Any], kwargs: Mapping[str, Any], request: Request) -> Lowered:
-        captured = self._captured(args, kwargs, request)
-        with without_casts():
-            transformed = self._transformed(captured, request)
-            if request.same:
-                transformed = tie(transformed, suffix(len(request.inner)))
-            # what is stacked is measured for the products of a batch
-            passes = tuple(p for p in self.passes if p != "stack" or not request.sizes)
-            nestable = transformed.copy()
-            simplify(nestable.graph, passes)
-            program = (transformed if transformed.calls else nestable).copy()
-            if program.calls:
-                dissolve(program.graph)
-                simplify(program.graph, passes)
-            if request.sizes:
-                program = batch(program, request.sizes)
-                simplify(program.graph, self.passes)
-        stages = {"capture": captured.graph, "transform": transformed.graph}
-        sealed = self._sealed(program)
-        if not self.tracks_grad:
-            detach_tangents(program.graph)
-        settle(program.graph)
-        stages["simplify"] = program.graph
-        program = replace(program, sealed=sealed)
-        return generate(program, nestable, stages, self.passes, self._compiled)
-
-    def _sealed(self, program: Program) -> str:
-        """Lets autograd through a program, or says why it cannot go."""
-        if program.calls:
-            return f"of {program.calls[0].name}, {FUNCTION}"
-        return remake(program.graph) if self.tracks_grad and self.differentiable else ""
-
-    def _captured(
-        self, args: Sequence[Any], kwargs: Mapping[str, Any], request: Request
-    ) -> Program:
-        if not isinstance(self.model, Forward):
-            active = {name for level in (*request.inner, *request.moved) for name in level}
-            return derive(capture(self.model, args, kwargs, self.dynamic, active))
-        *deeper, last = request.inner
-        inner = Request((last,), tuple(deeper), request.same and len(deeper) > 0)
-        source = self.model._lowered(args, kwargs, inner).nestable
-        return as_primal(source, suffix(len(request.inner)))
-
-    def _transformed(self, captured: Program, request: Request) -> Program:
-        return transform_program(captured, request.ways, len(request.moved), request.rank_one)
-
-    def _compiled(self, function: Function) -> Function:
-        if not self.compile:
-            return function
-        dynamic = None if self.dynamic else False
-        return torch.compile(function, fullgraph=True, dynamic=dynamic, mode=self.mode)
 
 
 class StepForward(Forward):

@@ -32,6 +32,17 @@ def broadcasts(node: fx.Node, axis: Collection[fx.Node]) -> bool:
     return is_pointwise and aligned and max(ranks.values()) > 0
 
 
+def scales(node: fx.Node, axis: Collection[fx.Node]) -> bool:
+    """Whether an op multiplies its first operand, which has the axis, by a slope of its second.
+
+    That slope is then computed once, and not for each direction.
+    """
+    if node.target is not aten.gelu_backward.default or len(node.all_input_nodes) < 2:
+        return False
+    d, x = node.all_input_nodes
+    return d in axis and x not in axis and value(d).shape == value(x).shape
+
+
 def vmapped(
     call: Callable[..., Any], dims: Sequence[int | None], fakes: list[Any], expected: Any
 ) -> Any:

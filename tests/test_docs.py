@@ -13,6 +13,7 @@ import attention
 import beyond_torch
 import capture
 import distributed
+import jacobians
 import laplacian
 import pytest
 import scaling
@@ -109,11 +110,29 @@ def test_derivatives_page_trains_on_a_laplacian() -> None:
     torch.testing.assert_close(model.w.grad, 2 * (9 * u * u).mean() / model.w)
 
 
+def test_derivatives_page_takes_batches_of_directions() -> None:
+    x, v = torch.randn(2, 5, 8, dtype=torch.float64)
+    net = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.Tanh()).double()
+
+    def model(x: torch.Tensor) -> torch.Tensor:
+        return net(x)
+
+    names = {"torch": torch, "fwdcompile": fwdcompile, "model": model, "x": x, "v": v}
+    exec(blocks("docs/derivatives.md")[1].replace("eye(8)", "eye(8).double()"), names)
+    y, y_dot = net(x), names["y_dot"]
+    slope = (1 - y * y) * net[0].weight.T[:, None]
+    torch.testing.assert_close(y_dot, slope)
+    torch.testing.assert_close(names["slopes"], slope)
+    torch.testing.assert_close(names["along_v"][0], (slope * v.T[:, :, None]).sum(0))
+    torch.testing.assert_close(names["y_ddot"], (-2 * y * slope * net[0].weight.T[:, None]).sum(0))
+    torch.testing.assert_close(names["jacobian"].sum(2).movedim(-1, 0), slope)
+
+
 def test_derivatives_page_trains_without_a_backward_pass() -> None:
     net, (x, t) = Wave(), torch.rand(2, 5)
     names = {"torch": torch, "nn": torch.nn, "fwdcompile": fwdcompile, "net": net, "x": x, "t": t}
     before = net(x, t).detach()
-    exec(blocks("docs/derivatives.md")[1].replace("lr=1e-3", "lr=1e-3, compile=False"), names)
+    exec(blocks("docs/derivatives.md")[2].replace("lr=1e-3", "lr=1e-3, compile=False"), names)
     torch.testing.assert_close(names["loss"], (1.1 * before).square().mean())
     assert net.w < 2
 
@@ -135,6 +154,7 @@ def test_coverage_page_has_the_rows_of_the_table() -> None:
         (capture, "capture-cpu.json", "docs/results/capture-cpu.md"),
         (attention, "attention-cpu.json", "docs/results/attention-cpu.md"),
         (laplacian, "laplacian-cpu.json", "docs/results/laplacian-cpu.md"),
+        (jacobians, "jacobians-cpu.json", "docs/results/jacobians-cpu.md"),
         (distributed, "distributed-cpu.json", "docs/results/distributed-cpu.md"),
         (scaling, "scaling.json", "docs/results/scaling.md"),
         (without_torch, "without-torch-cpu.json", "docs/results/without-torch-cpu.md"),

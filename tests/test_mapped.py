@@ -49,6 +49,16 @@ def test_a_scalar_has_the_weaker_dtype(order: str) -> None:
     assert y_dot.dtype == torch.float32
 
 
+def test_slopes_are_computed_once() -> None:
+    gelu = torch.nn.GELU()
+    fwd = check(fwdcompile.transform, gelu, (DOTS[0],), {"input": DOTS})
+    (slope,) = fwd.program.graph.find_nodes(
+        op="call_function", target=torch.ops.aten.gelu_backward.default
+    )
+    assert slope.meta["val"].shape == (4,)
+    check(fwdcompile.laplacian, gelu, (DOTS[0],), {"input": DOTS})
+
+
 def test_operands_of_other_ranks_are_lined_up() -> None:
     def function(x: Tensor, y: Tensor) -> Tensor:
         return (x * y + x.maximum(y)).sin()

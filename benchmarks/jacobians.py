@@ -1,0 +1,148 @@
+"""Time of a Jacobian: all columns by forward mode, or all rows by reverse mode.
+
+    python benchmarks/jacobians.py [--pairs 24] [--out docs/results]
+
+Everything runs in one process; ways take turns, and a ratio is the median over paired turns. A way
+of torch whose Jacobian is not that of autograd in float64 is not timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from contest import CPU, Run, contest, milliseconds, run_under, seconds, table
+from results import RESULTS, header, prepare, publish
+from torch import Tensor, nn
+from torch._inductor.utils import fresh_cache
+from works import WIDTH, Attention, Perceptron
+
+import fwdcompile
+from fwdcompile.measure import timed
+
+OURS = "fwdcompile.jacfwd, compiled"
+JAX = "jax.jacfwd, jitted"
+WRONG = 1e-3
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model and the shape of its input."""
+
+    make: Callable[[], nn.Module]
+    shape: tuple[int, ...]
+
+
+CASES = {
+    "perceptron, 64 to 512": Case(
+        lambda: nn.Sequential(
+            nn.Linear(64, 1024), nn.GELU(), nn.Linear(1024, 1024), nn.GELU(), nn.Linear(1024, 512)
+        ),
+        (1, 64),
+    ),
+    "convolutions, 256 to 1,024": Case(
+        lambda: nn.Sequential(
+            nn.Conv2d(1, 32, 3, padding=1),
+            nn.GELU(),
+            nn.Conv2d(32, 32, 3, padding=1),
+            nn.GELU(),
+            nn.Conv2d(32, 4, 3, padding=1),
+        ),
+        (1, 1, 16, 16),
+    ),
+    "transformer block, 64 to 128": Case(
+        lambda: nn.Sequential(
+            nn.Linear(8, WIDTH), Attention(causal=False), Perceptron("tanh"), nn.Linear(WIDTH, 16)
+        ),
+        (1, 8, 8),
+    ),
+}
+Function = Callable[[Tensor], Tensor]
+WAYS: dict[str, Callable[[Function], Function]] = {
+    OURS: lambda f: fwdcompile.jacfwd(f, compile=True),
+    "fwdcompile.jacfwd, eager": fwdcompile.jacfwd,
+    "torch.func.jacfwd, compiled": lambda f: torch.compile(torch.func.jacfwd(f)),
+    "torch.func.jacfwd, eager": torch.func.jacfwd,
+    "torch.func.jacrev, compiled": lambda f: torch.compile(torch.func.jacrev(f)),
+}
+
+
+def start(way: str, model: nn.Module, x: Tensor) -> tuple[Run, float]:
+    """One turn of a way, and the seconds of the first, whose result is checked."""
+    if way == JAX:
+        peers = importlib.import_module("jacobians_jax")
+        run = peers.run_of(model, x)
+        return run, timed(run, 1, CPU)
+    jacobian = WAYS[way](model)
+
+    @torch.no_grad()
+    def run() -> Any:
+        return jacobian(x)
+
+    first, expected = timed(run, 1, CPU), by_autograd(model, x)
+    error = float((run() - expected).abs().max() / expected.abs().max())
+    if error > WRONG:
+        raise ArithmeticError(f"the Jacobian is wrong by {error:.0%}")
+    return run, first
+
+
+@functools.lru_cache(maxsize=1)
+def by_autograd(model: nn.Module, x: Tensor) -> Tensor:
+    """The Jacobian by reverse mode, row by row in float64."""
+    model.double()
+    jacobian: Tensor = torch.autograd.functional.jacobian(model, x.double())
+    model.float()
+    return jacobian
+
+
+def page(result: dict[str, Any]) -> str:
+    """The result as Markdown."""
+    works = result["works"]
+    columns = {name: entry["ways"] for name, entry in works.items()}
+    ways = [*WAYS, JAX]
+    refused = [
+        f"- {name}, {way}: `{cell['refused']}`\n"
+        for name, cells in columns.items()
+        for way, cell in cells.items()
+        if "refused" in cell
+    ]
+    return "\n".join(
+        (
+            table("Jacobian, ms", ways, columns, milliseconds),
+            table("Jacobian, seconds of the first", ways, columns, seconds),
+            "".join(refused),
+            f"In brackets the ratio to `{OURS}`. "
+            + run_under(next(iter(works.values())), "make bench-jacobians"),
+        )
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--pairs", type=int, default=24, help="turns that each way takes")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    prepare("float32")
+    works: dict[str, Any] = {}
+    for name, case in CASES.items():
+        torch.manual_seed(0)
+        torch._dynamo.reset()
+        model, x = case.make().requires_grad_(False), torch.randn(case.shape)
+        entry = header(name, 1, "float32", "cpu") | {"pairs": options.pairs}
+        starts = {
+            way: lambda way=way, model=model, x=x: start(way, model, x) for way in (*WAYS, JAX)
+        }
+        with fresh_cache():  # so that the first turn finds nothing compiled
+            works[name] = entry | {"ways": contest(starts, OURS, (JAX,), options.pairs)}
+    result = {"works": works}
+    publish(options.out, "jacobians-cpu", result, page(result))
+
+
+if __name__ == "__main__":
+    main()
