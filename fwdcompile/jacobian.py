@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from .errors import TangentError
 from .forward import Forward
-from .parts import input_leaves
+from .parts import arguments_of, input_leaves
 from .program import is_differentiable
 
 
@@ -32,7 +32,8 @@ def jacfwd(
     `jacfwd(torch.func.grad(loss))`.
 
     Args:
-        func: a function of tensors or pytrees of tensors.
+        func: a function of tensors or pytrees of tensors, or a module. As for `fwdcompile.jvp`, the
+            program of one function object is captured once.
         argnums: the positional argument to differentiate by, or several.
         has_aux: `func` returns `(output, aux)`, of which only the first is differentiated.
         chunk_size: at most so many columns at a time, which bounds memory; by default all.
@@ -56,15 +57,14 @@ def jacfwd(
     """
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size must be positive, not {chunk_size}")
-    forward = Forward(func, batched=True, compile=compile)
+    model = _forward_of(func, compile)
     several = isinstance(argnums, tuple)
     numbers = argnums if isinstance(argnums, tuple) else (argnums,)
 
-    @functools.wraps(func)
     def jacobian(*args: Any, **kwargs: Any) -> Any:
         picked = tuple(_argument(args, number) for number in numbers)
-        inputs = _leaves_of(func, args, kwargs, [number % len(args) for number in numbers])
-        y, columns = _columns(functools.partial(forward, *args, **kwargs), inputs, chunk_size)
+        inputs = _leaves_of(model.base, args, kwargs, [number % len(args) for number in numbers])
+        y, columns = _columns(functools.partial(model, *args, **kwargs), inputs, chunk_size)
         leaves, out_spec = pytree.tree_flatten(y)
         in_spec = pytree.tree_structure(picked if several else picked[0])
         blocks = [
@@ -74,7 +74,15 @@ def jacfwd(
         whole = pytree.tree_unflatten(blocks, out_spec)
         return (whole[0], y[1]) if has_aux else whole
 
+    # not functools.wraps: modules behind `func` are found through `model`, by that name
+    jacobian.__name__ = getattr(func, "__name__", type(func).__name__)
+    jacobian.__signature__ = arguments_of(func)  # type: ignore[attr-defined]
     return jacobian
+
+
+@functools.lru_cache(maxsize=256)
+def _forward_of(func: Callable[..., Any], compile: bool) -> Forward:
+    return Forward(func, batched=True, compile=compile)
 
 
 def _argument(args: Sequence[Any], number: int) -> Any:

@@ -14,6 +14,8 @@ from torch.utils import _pytree as pytree
 from .objective import Objective
 
 Model = Callable[..., Any]
+# no module can go by these names within another
+_TAKEN = frozenset(dir(nn.Module())) | {"attributes", "_called"}
 
 
 class Derived:
@@ -37,6 +39,7 @@ def modules_of(model: Model) -> dict[str, nn.Module]:
     if inspect.isfunction(function):
         variables = inspect.getclosurevars(function)
         for name, thing in (*variables.nonlocals.items(), *variables.globals.items()):
+            name += "_" * (name in _TAKEN)
             if isinstance(thing, nn.Module):
                 found[name] = thing
             elif isinstance(thing, Derived):
@@ -87,14 +90,21 @@ def register_dataclasses(tree: Any) -> None:
 
 
 def _positional_names(model: Model, count: int) -> list[str]:
-    function = model.forward if isinstance(model, nn.Module) else model
-    try:
-        signature = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError):
+    signature = arguments_of(model)
+    if signature is None:
         return [f"arg{i}" for i in range(count)]
-    names = [p.name for p in signature if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    rest = next((p.name for p in signature if p.kind is p.VAR_POSITIONAL), "arg")
+    parameters = signature.parameters.values()
+    names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    rest = next((p.name for p in parameters if p.kind is p.VAR_POSITIONAL), "arg")
     return [*names, *(f"{rest}.{i}" for i in range(count - len(names)))][:count]
+
+
+def arguments_of(model: Model) -> inspect.Signature | None:
+    """The arguments of a model; None for a builtin that does not tell them."""
+    try:
+        return inspect.signature(model.forward if isinstance(model, nn.Module) else model)
+    except (TypeError, ValueError):
+        return None
 
 
 def dotted(first: str, path: Sequence[Any]) -> str:

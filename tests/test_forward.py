@@ -192,6 +192,14 @@ def test_closed_over_modules_are_parameters() -> None:
     close(y, net(x).sum())
 
 
+def test_a_closed_over_module_may_have_any_name() -> None:
+    forward, attributes = nn.Linear(3, 2).double(), nn.Tanh()
+    x, dot = torch.randn(3, dtype=F64), torch.randn(2, dtype=F64)
+    fwd = fwdcompile.transform(lambda x: attributes(forward(x)))
+    y, y_dot = fwd(x, tangents={"forward_.bias": dot})
+    close(y_dot, (1 - y * y) * dot)
+
+
 def test_several_directions_share_one_primal() -> None:
     model, x = Mlp().double(), torch.randn(4, 6, dtype=F64)
     fwd = fwdcompile.transform(model)

@@ -105,3 +105,30 @@ def test_bad_arguments_are_refused() -> None:
         fwdcompile.jacfwd(pair, 2)(X, Y)
     with pytest.raises(TangentError, match="'x' is no floating-point tensor"):
         fwdcompile.jacfwd(pair)(torch.arange(3), Y)
+
+
+def test_parameters_of_a_module_behind_it_move() -> None:
+    model, x = Mlp().double(), torch.randn(6, dtype=F64)
+    moved = torch.randn_like(model.fc1.weight)
+    fwd = fwdcompile.transform(fwdcompile.jacfwd(model))
+    jacobian, j_dot = fwd(x, tangents={"model.fc1.weight": moved})
+    close(jacobian, torch.func.jacrev(model)(x))
+
+    def along(step: Tensor) -> Tensor:
+        weights = {"fc1.weight": model.fc1.weight + step * moved}
+        return torch.func.jacrev(lambda x: torch.func.functional_call(model, weights, x))(x)
+
+    zero, one = torch.zeros((), dtype=F64), torch.ones((), dtype=F64)
+    close(j_dot, torch.func.jvp(along, (zero,), (one,))[1])
+
+
+def test_one_function_is_captured_once() -> None:
+    calls = []
+
+    def function(x: Tensor) -> Tensor:
+        calls.append(x)
+        return x.sin()
+
+    for _ in range(3):
+        close(fwdcompile.jacfwd(function)(X), X.cos().diag())
+    assert len(calls) == 1
