@@ -76,6 +76,8 @@ class Forward(Lowering):
         values, tied = call_values(self.base, args, kwargs)
         several = not isinstance(tangents, Mapping)
         each = [tangents] if isinstance(tangents, Mapping) else list(tangents)
+        if not each:
+            raise TangentError("no tangent given: nothing to differentiate by")
         dots = [check_tangents(one, values, tied, self.batched) for one in each]
         if self.depth > 1:
             dots = [dense(one) for one in dots]

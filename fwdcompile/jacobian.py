@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from .errors import TangentError
 from .forward import Forward
 from .parts import arguments_of, input_leaves
-from .program import is_differentiable
+from .program import is_differentiable, is_random
 
 
 def jacfwd(
@@ -47,7 +47,8 @@ def jacfwd(
 
     Raises:
         ValueError: `chunk_size` is not positive.
-        TangentError: a chosen argument is not there, or has a leaf that is no float.
+        TangentError: a chosen argument is not there, or has a leaf that is no float; or `func`
+            draws random numbers or writes to buffers, and would so for each chunk anew.
 
     Example:
         >>> fwdcompile.jacfwd(lambda x: x ** 2)(torch.arange(3.0))
@@ -64,14 +65,21 @@ def jacfwd(
     def jacobian(*args: Any, **kwargs: Any) -> Any:
         picked = tuple(_argument(args, number) for number in numbers)
         inputs = _leaves_of(model.base, args, kwargs, [number % len(args) for number in numbers])
-        y, columns = _columns(functools.partial(model, *args, **kwargs), inputs, chunk_size)
-        leaves, out_spec = pytree.tree_flatten(y)
+        bases = {name: _axes(name, x) for name, x in inputs.items()}
+        chunks = {n: torch.split(basis, chunk_size or len(basis)) for n, basis in bases.items()}
+        run = functools.partial(model, *args, **kwargs)
+        if chunk_size is not None and sum(map(len, chunks.values())) > 1:
+            _check_repeatable(model, inputs, args, kwargs)
+            y, columns = _in_chunks(run, chunks)
+        else:
+            y, y_dots = run(tangents=[{name: basis} for name, basis in bases.items()])
+            columns = [pytree.tree_leaves(dot) for dot in y_dots]
         in_spec = pytree.tree_structure(picked if several else picked[0])
         blocks = [
-            pytree.tree_unflatten([_block(each[i], x) for each, x in columns], in_spec)
-            for i in range(len(leaves))
+            pytree.tree_unflatten(list(map(_block, each, inputs.values())), in_spec)
+            for each in zip(*columns, strict=True)
         ]
-        whole = pytree.tree_unflatten(blocks, out_spec)
+        whole = pytree.tree_unflatten(blocks, pytree.tree_structure(y))
         return (whole[0], y[1]) if has_aux else whole
 
     # not functools.wraps: modules behind `func` are found through `model`, by that name
@@ -100,24 +108,29 @@ def _leaves_of(
     return dict(pair for number in numbers for pair in each[number])
 
 
-def _columns(
-    forward: Callable[..., Any], inputs: Mapping[str, Tensor], chunk_size: int | None
-) -> tuple[Any, list[tuple[list[Any], Tensor]]]:
+def _check_repeatable(
+    model: Forward, inputs: Mapping[str, Tensor], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> None:
+    """Refuses chunks of a function that is another one each time it runs."""
+    program = model.lower(*args, tangents=list(inputs), **kwargs).program
+    written = any(slot.kind in ("buffer", "input") for slot in program.outputs)
+    if written or any(map(is_random, program.graph.nodes)):
+        raise TangentError(
+            f"{program.title} draws random numbers or writes to its buffers or inputs, and would "
+            "for each chunk anew: leave chunk_size out"
+        )
+
+
+def _in_chunks(
+    run: Callable[..., Any], chunks: Mapping[str, Sequence[Tensor]]
+) -> tuple[Any, list[list[Any]]]:
     """The output, and for each input the derivatives of all outputs along its axes, in rows."""
-    bases = {name: _axes(name, x) for name, x in inputs.items()}
-    if chunk_size is None:
-        y, y_dots = forward(tangents=[{name: basis} for name, basis in bases.items()])
-        return y, [
-            (pytree.tree_leaves(dot), x) for dot, x in zip(y_dots, inputs.values(), strict=True)
-        ]
     columns = []
-    for name, x in inputs.items():
-        parts = []
-        for some in torch.split(bases[name], chunk_size):
-            y, y_dot = forward(tangents={name: some})
-            parts.append(pytree.tree_leaves(y_dot))
-        columns.append(([_joined(one) for one in zip(*parts, strict=True)], x))
-    return y, columns
+    for name, parts in chunks.items():
+        pairs = [run(tangents={name: part}) for part in parts]
+        rows = zip(*(pytree.tree_leaves(y_dot) for _, y_dot in pairs), strict=True)
+        columns.append([_joined(each) for each in rows])
+    return pairs[0][0], columns
 
 
 def _axes(name: str, x: Any) -> Tensor:

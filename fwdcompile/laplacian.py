@@ -52,7 +52,9 @@ class Laplacian(Forward):
             >>> y, (y_0, y_1), y_ddot = lap(torch.ones(4, 2), tangents=axes)   # y_ddot: 12 each
         """
         if isinstance(tangents, Mapping) or not tangents:
-            raise TangentError("tangents is a sequence with a mapping for each direction")
+            raise TangentError(
+                "tangents is a sequence with a mapping for each direction, or batch of them"
+            )
         values, tied = call_values(self.base, args, kwargs)
         every = (*tangents, *first)
         dots = [dense(check_tangents(one, values, tied, self.batched)) for one in every]

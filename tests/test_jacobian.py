@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from nets import Mlp
-from torch import Tensor
+from torch import Tensor, nn
 
 import fwdcompile
 from fwdcompile.errors import TangentError
@@ -105,6 +105,9 @@ def test_bad_arguments_are_refused() -> None:
         fwdcompile.jacfwd(pair, 2)(X, Y)
     with pytest.raises(TangentError, match="'x' is no floating-point tensor"):
         fwdcompile.jacfwd(pair)(torch.arange(3), Y)
+    for chunk_size in (None, 2):
+        with pytest.raises(TangentError, match="no tangent given"):
+            fwdcompile.jacfwd(lambda x: torch.ones(2), chunk_size=chunk_size)({})
 
 
 def test_parameters_of_a_module_behind_it_move() -> None:
@@ -120,6 +123,18 @@ def test_parameters_of_a_module_behind_it_move() -> None:
 
     zero, one = torch.zeros((), dtype=F64), torch.ones((), dtype=F64)
     close(j_dot, torch.func.jvp(along, (zero,), (one,))[1])
+
+
+@pytest.mark.parametrize("layer", [nn.Dropout(), nn.BatchNorm1d(3)])
+def test_chunks_of_what_changes_are_refused(layer: nn.Module) -> None:
+    x, before = torch.randn(2, 3), {name: b.clone() for name, b in layer.named_buffers()}
+    with pytest.raises(TangentError, match="for each chunk anew: leave chunk_size out"):
+        fwdcompile.jacfwd(layer, chunk_size=4)(x)
+    torch.testing.assert_close(dict(layer.named_buffers()), before)
+    torch.manual_seed(0)
+    found = fwdcompile.jacfwd(layer, chunk_size=6)(x)
+    torch.manual_seed(0)
+    torch.testing.assert_close(found, torch.autograd.functional.jacobian(layer, x))
 
 
 def test_one_function_is_captured_once() -> None:
