@@ -98,7 +98,7 @@ class Forward(Lowering):
         if self.compile and replays(self.mode):
             torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
         if self.compile and self.dynamic:
-            mark_open(lowered.program, values)
+            mark_open(lowered.program, values, dots)
         tensors = arrange(lowered.program.inputs, values, dots)
         refuse_autograd(lowered.program, tensors)
         with without_casts():

@@ -59,8 +59,8 @@ def serves(program: Program, values: Mapping[str, Any]) -> bool:
         values: primals by the name of the program's slots; tangents are like their primals.
     """
     sizes: dict[sympy.Symbol, int] = {}
-    placed = program.placeholders()
-    pairs = [(value(node), values[slot.name]) for node, slot in placed if slot.name in values]
+    primals = ((node, slot) for node, slot in program.placeholders() if slot.kind != "tangent")
+    pairs = [(value(node), values[slot.name]) for node, slot in primals if slot.name in values]
     for fake, given in pairs:
         kinds = [(x.dtype, x.device, x.ndim) for x in (fake, given)]
         if kinds[0] != kinds[1] or not _bound(fake.shape, given.shape, sizes):
@@ -95,13 +95,22 @@ def _bound(fake: Sequence[Any], given: Sequence[int], sizes: dict[sympy.Symbol, 
     return True
 
 
-def mark_open(program: Program, values: Mapping[str, Any]) -> None:
-    """Tells torch.compile which dimensions of these tensors the program leaves open."""
+def mark_open(
+    program: Program, values: Mapping[str, Any], directions: Sequence[Mapping[str, Any]] = ()
+) -> None:
+    """Tells torch.compile which dimensions of these tensors the program leaves open.
+
+    Args:
+        program: with open sizes.
+        values: its inputs by name.
+        directions: their tangents, where those are given as well.
+    """
     for node, slot in program.placeholders():
-        if slot.kind == "input":
-            for dim, size in enumerate(value(node).shape):
-                if isinstance(size, SymInt):
-                    torch._dynamo.mark_dynamic(values[slot.name], dim)
+        given = directions[slot.direction] if slot.kind == "tangent" and directions else {}
+        x = values.get(slot.name) if slot.kind == "input" else given.get(slot.name)
+        for dim, size in enumerate(value(node).shape if isinstance(x, Tensor) else ()):
+            if isinstance(size, SymInt):
+                torch._dynamo.mark_dynamic(x, dim)
 
 
 def symbolic_kernels(arguments: Any) -> AbstractContextManager[None]:

@@ -177,3 +177,25 @@ def test_a_short_last_batch_compiles_nothing() -> None:
         plain.step(x, y)
     for mine, theirs in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.compiled
+def test_compiled_programs_serve_every_batch_along_inputs() -> None:
+    model = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3))
+    fwd = fwdcompile.transform(model, dynamic=True, compile=True)
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    for batch in (4, 7, 3):
+        x, x_dot = torch.randn(2, batch, 5)
+        expected = torch.func.jvp(model, (x,), (x_dot,))
+        torch.testing.assert_close(fwd(x, tangents={"input": x_dot}), expected)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before + 1
+
+
+def test_factors_of_a_weight_are_for_every_batch() -> None:
+    model = nn.Linear(5, 3)
+    fwd = fwdcompile.transform(model, dynamic=True)
+    dot = fwdcompile.RankOne(torch.randn(3), torch.randn(5))
+    for batch in (4, 7):
+        x = torch.randn(batch, 5)
+        torch.testing.assert_close(fwd(x, tangents={"weight": dot})[1], x @ dot.dense().T)
+    assert _programs(fwd) == 1
