@@ -211,6 +211,17 @@ def test_several_directions_share_one_primal() -> None:
     assert fwd.code.count("aten.tanh(") == 1
 
 
+def test_directions_may_move_different_names() -> None:
+    model, x = Mlp().double(), torch.randn(4, 6, dtype=F64)
+    fwd = fwdcompile.transform(model)
+    ways = [{"fc1.weight": torch.randn(8, 6, dtype=F64)}, {"x": torch.randn_like(x)}]
+    y, both = fwd(x, tangents=ways)
+    close(y, model(x))
+    assert fwd.code.count("fc1_weight_dot0:") == 1 and "fc1_weight_dot1" not in fwd.code
+    for way, y_dot in zip(ways, both, strict=True):
+        close(y_dot, fwd(x, tangents=way)[1])
+
+
 def test_transform_of_transform_is_the_second_derivative() -> None:
     decoder = Flow().double()
     x, t = torch.randn(2, 3, 2, dtype=F64), torch.rand(2, 1, dtype=F64)
