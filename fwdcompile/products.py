@@ -57,6 +57,9 @@ def _product(node: fx.Node) -> tuple[str, list[fx.Node]] | None:
     operands = list(node.args)
     if node.target not in _EQUATIONS or len(operands) != 2:
         return None
-    if node.target is aten.matmul.default and min(value(x).ndim for x in operands) < 2:  # type: ignore
+    vectors = [value(x).ndim < 2 for x in operands]  # type: ignore[arg-type]
+    if node.target is aten.linear.default:
+        vectors = vectors[1:]
+    if any(vectors):
         return None
     return _EQUATIONS[node.target], operands  # type: ignore

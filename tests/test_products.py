@@ -21,6 +21,7 @@ PRODUCTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "weight": lambda a, b: a @ b[0],
     "weighed": lambda a, b: a[0] @ b,
     "vectors": lambda a, b: a[0] @ b[0, :, 0],
+    "linear of a vector": lambda a, b: torch.nn.functional.linear(a, b[0, :, 0]),
     "linear": lambda a, b: torch.nn.functional.linear(a, b[0].T, b[0, 0]),
     "einsum": lambda a, b: torch.einsum("b z k,...kc->b...zc", a, b),
     "implicit": lambda a, b: torch.einsum("bik,bkc", a, b),
