@@ -23,7 +23,7 @@ from .products import as_einsum
 from .program import Program, Slot, op_name, output_nodes, programs_of, rename, value
 from .sizes import Sym, wider
 from .subgraph import CONVENTIONS, operands_of, plain
-from .trace import Recorder, fake_mode
+from .trace import Recorder, behind, fake_mode
 
 aten = torch.ops.aten
 
@@ -47,23 +47,19 @@ def batch(program: Program, sizes: Sequence[int]) -> Program:
         A program whose tangents, taken and returned, have one axis more, in front. The sum of
         second derivatives has not; it is over each batch as well.
     """
-    starts = {
-        node: sizes[slot.direction]
-        for node, slot in program.placeholders()
-        if slot.kind == "tangent"
-    }
-    walk = _Walk(program.graph, starts, sizes)
-    walk.finish([sizes[s.direction] if s.kind == "tangent" else 0 for s in program.outputs])
 
     def sized(slot: Slot) -> Slot:
         return replace(slot, size=sizes[slot.direction]) if slot.kind == "tangent" else slot
 
-    return replace(
+    program = replace(
         program,
-        graph=walk.graph,
         inputs=tuple(map(sized, program.inputs)),
         outputs=tuple(map(sized, program.outputs)),
     )
+    starts = {node: slot.size for node, slot in program.placeholders() if slot.size}
+    walk = _Walk(program.graph, starts, sizes)
+    walk.finish([slot.size for slot in program.outputs])
+    return replace(program, graph=walk.graph)
 
 
 class _Walk:
@@ -105,7 +101,7 @@ class _Walk:
         copy = self._copy(node)
         if size := self.axis.get(node):
             with self.recorder.fakes:
-                copy.meta["val"] = _with_axis(value(node), size, 0)
+                copy.meta["val"] = _with_axis(value(node), size, stacked=False)
 
     def _visit(self, node: fx.Node) -> None:
         sizes = [self.axis[arg] for arg in node.all_input_nodes if arg in self.axis]
@@ -138,7 +134,7 @@ class _Walk:
             self.names.setdefault(copy, node.name)
         kept = {key: x for key, x in node.meta.items() if key != "val"}
         glue = {"role": "glue", "of": node.meta.get("of", node.name)}
-        for added in _behind(before):
+        for added in behind(before):
             added.meta |= kept if added is copy else kept | glue
 
     def _sum(self, node: fx.Node) -> None:
@@ -188,7 +184,7 @@ class _Walk:
                 try:
                     out = vmapped(call, dims, fakes, value(node))
                 except (RuntimeError, RuleError):  # RuleError: a batching rule writes in place
-                    self.given_up += _behind(last)
+                    self.given_up += behind(last)
                     out = one_by_one(call, dims, fakes, size)
             if isinstance(out, list | tuple):
                 self.several[node] = [(self.recorder.node(x), size) for x in out]
@@ -217,8 +213,10 @@ class _Walk:
             if results[:carried] == axes[:carried]:
                 break
             axes[:carried] = results[:carried]
-        for walk in walks:
-            walk.finish(results if walk in bodies else [0])
+        for condition in walks[: convention.conditions]:
+            condition.finish([0])
+        for body in bodies:
+            body.finish(results)
         self._install(node, walks, axes, results, carried)
 
     def _inner(self, program: Program, axes: Sequence[int]) -> _Walk:
@@ -246,39 +244,28 @@ class _Walk:
             else:
                 args.append(fx.map_arg(arg, self.copies.__getitem__))
         copy = self.graph.call_function(node.target, tuple(args))  # type: ignore[arg-type]
-        stacked = [int(convention.sliced is not None and i >= carried) for i in range(len(results))]
+        stacked = [convention.sliced is not None and i >= carried for i in range(len(results))]
         with self.recorder.fakes:
             every = zip(value(node), results, stacked, strict=True)
             copy.meta["val"] = tuple(_with_axis(*one) for one in every)
         self.several[node] = [
-            (self._result(copy, i, size > 0 and stacked[i] > 0), size)
+            (self._turned(self.recorder.item(copy, i), size > 0 and stacked[i]), size)
             for i, size in enumerate(results)
         ]
 
     def _operand(self, node: fx.Node, size: int, sliced: bool) -> fx.Node:
-        copy = self._widened(node, size)
-        return self._turned(copy) if size and sliced else copy
+        return self._turned(self._widened(node, size), size > 0 and sliced)
 
-    def _result(self, call: fx.Node, index: int, turned: bool) -> fx.Node:
-        item = self.recorder.item(call, index)
-        return self._turned(item) if turned else item
-
-    def _turned(self, node: fx.Node) -> fx.Node:
-        """The first two axes change places."""
+    def _turned(self, node: fx.Node, turns: bool) -> fx.Node:
+        """The node with its first two axes in each other's place, if it turns."""
+        if not turns:
+            return node
         with self.recorder.active():
             return self.recorder.node(self.recorder.fake(node).transpose(0, 1))
 
 
-def _behind(node: fx.Node) -> list[fx.Node]:
-    """The nodes from the next one to the end of the graph."""
-    found = []
-    while (node := node.next).op != "root":
-        found.append(node)
-    return found
-
-
-def _with_axis(x: Any, size: int, place: int) -> Any:
-    """A fake like another one, with an axis more at a place if that has a length."""
+def _with_axis(x: Any, size: int, stacked: bool) -> Any:
+    """A fake like another one, with an axis more if that has a length; of rounds, behind theirs."""
     if not size:
         return x
-    return wider(x, size) if place == 0 else x.new_empty([x.shape[0], size, *x.shape[1:]])
+    return x.new_empty([x.shape[0], size, *x.shape[1:]]) if stacked else wider(x, size)

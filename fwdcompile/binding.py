@@ -70,7 +70,7 @@ def check_tangents(
         TangentError: unknown name, integer primal, wrong shape, dtype or device, two tangents for
             one tied parameter, or no tangent at all.
     """
-    size = _size(tangents) if batched else 0
+    size = batch_size(tangents) if batched else 0
     checked: dict[str, Tensor | RankOne] = {}
     for name, dot in tangents.items():
         check_name(name, values)
@@ -111,8 +111,12 @@ def results(program: Program, outs: Sequence[Any], directions: int | None) -> tu
     return program.out_spec.build(outputs), built[0] if directions is None else built, y_ddot
 
 
-def _size(tangents: Tangents) -> int:
-    """How many directions a mapping of batched tangents holds."""
+def batch_size(tangents: Tangents) -> int:
+    """How many directions a mapping of batched tangents holds.
+
+    Raises:
+        TangentError: a tangent is no tensor, or has no axis in front.
+    """
     for name, dot in tangents.items():
         if not isinstance(dot, Tensor) or not dot.ndim or not len(dot):
             raise TangentError(f"batched=True: the tangent of {name!r} is a tensor [K, ...], K > 0")

@@ -13,6 +13,7 @@ from .autocast import without_casts
 from .binding import (
     Tangents,
     arrange,
+    batch_size,
     call_values,
     check_name,
     check_tangents,
@@ -153,7 +154,7 @@ class Forward(Lowering):
     ) -> Request:
         """What a call asks for by tangents of each direction, and of inner levels."""
         moved, inner = (tuple(map(tuple, each)) for each in (dots, levels))
-        sizes = tuple(len(next(iter(one.values()))) for one in dots) if self.batched else ()  # type: ignore
+        sizes = tuple(map(batch_size, dots)) if self.batched else ()
         return Request(moved, inner, same, factored(dots), sizes)
 
     def calibrate(self, *args: Any, **kwargs: Any) -> list[Product]:

@@ -27,9 +27,10 @@ def broadcasts(node: fx.Node, axis: Collection[fx.Node]) -> bool:
         return aligned and folds and min(ranks.values()) > 1
     # what autograd alone calls need not broadcast: aten.gelu_backward by oneDNN does not
     is_pointwise = torch.Tag.pointwise in getattr(node.target, "tags", ())
-    is_pointwise = is_pointwise and not op_name(node).endswith("_backward")
+    if not is_pointwise or op_name(node).endswith("_backward"):
+        return False
     # a tensor without axes has a weaker dtype than one with some
-    return is_pointwise and aligned and max(ranks.values()) > 0
+    return aligned and max(ranks.values()) > 0
 
 
 def scales(node: fx.Node, axis: Collection[fx.Node]) -> bool:

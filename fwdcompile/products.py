@@ -57,9 +57,7 @@ def _product(node: fx.Node) -> tuple[str, list[fx.Node]] | None:
     operands = list(node.args)
     if node.target not in _EQUATIONS or len(operands) != 2:
         return None
-    vectors = [value(x).ndim < 2 for x in operands]  # type: ignore[arg-type]
-    if node.target is aten.linear.default:
-        vectors = vectors[1:]
-    if any(vectors):
+    matrices = operands[1:] if node.target is aten.linear.default else operands
+    if any(value(x).ndim < 2 for x in matrices):  # type: ignore[arg-type]
         return None
     return _EQUATIONS[node.target], operands  # type: ignore

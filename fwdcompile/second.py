@@ -22,6 +22,7 @@ from torch import fx
 from .apply import Site
 from .batch import over_directions
 from .program import Program, Slot, can_move, origin, value
+from .trace import behind
 from .transform import Dot, Walk
 
 
@@ -101,11 +102,10 @@ class _Second(Walk):
     def _written(self, site: Site, direction: int) -> tuple[Dot, list[fx.Node]]:
         """A tangent, and the nodes that the row has written for it."""
         last = self.graph._root.prev
-        dot, nodes = self._dot(site, direction), []
-        while last is not self.graph._root.prev:
-            last = last.next
-            last.meta |= origin(site.node)
-            nodes.append(last)
+        dot = self._dot(site, direction)
+        nodes = behind(last)
+        for node in nodes:
+            node.meta |= origin(site.node)
         return dot, nodes
 
     def _curvature(self, dot: Dot, nodes: list[fx.Node], direction: int) -> Dot:

@@ -101,6 +101,14 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return fake
 
 
+def behind(node: fx.Node) -> list[fx.Node]:
+    """The nodes from the next one to the end of the graph."""
+    found = []
+    while (node := node.next).op != "root":
+        found.append(node)
+    return found
+
+
 def label(node: fx.Node, before: fx.Node, of: fx.Node | None = None) -> None:
     """Gives what is between `before` and `node` the role of steps on the way to it, or to `of`."""
     meta = (of or node).meta

@@ -36,7 +36,7 @@ from .program import (
 from .rule import Rule
 from .sizes import same_shape, unify
 from .subgraph import CONVENTIONS, operands_of
-from .trace import Recorder, bind_call, fake_mode
+from .trace import Recorder, behind, bind_call, fake_mode
 
 aten = torch.ops.aten
 
@@ -162,13 +162,11 @@ class Walk:
     def _mark(self, node: fx.Node, before: fx.Node) -> None:
         """Labels what a rule has added behind `before` for the tangents of `node`."""
         labels = self._labels(node)
-        added = before.next
-        while added.op != "root":
+        for added in behind(before):
             of, direction = labels.get(added, (node.name, 0))
             role = "tangent" if added in labels else "glue"
             added.meta |= {"role": role, "of": of, "direction": direction}
             added.meta |= origin(node)
-            added = added.next
 
     def _labels(self, node: fx.Node) -> dict[fx.Node, tuple[str, int]]:
         """The tangents of a node, or of its items, with the primal's name and their direction."""
