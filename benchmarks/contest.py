@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -62,22 +62,6 @@ def milliseconds(cell: dict[str, Any]) -> str:
 def seconds(cell: dict[str, Any]) -> str:
     """The time of the first turn."""
     return f"{cell['first, seconds']:.1f}"
-
-
-def table(
-    title: str,
-    ways: Sequence[str],
-    columns: Mapping[str, Cells],
-    text: Callable[[dict[str, Any]], str],
-) -> str:
-    """A row for each way that some column has."""
-    rows = [f"| {title} | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
-    for way in ways:
-        cells = [column.get(way) for column in columns.values()]
-        if any(cells):
-            texts = ("" if c is None else "-" if "refused" in c else text(c) for c in cells)
-            rows.append(f"| {way} | {' | '.join(texts)} |")
-    return "\n".join(rows) + "\n"
 
 
 def run_under(entry: dict[str, Any], command: str) -> str:

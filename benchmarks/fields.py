@@ -84,11 +84,10 @@ def ours(model: nn.Module, x: Tensor) -> Way:
 def batched(model: nn.Module, x: Tensor) -> Way:
     """The same with all axes as one batch of directions."""
     lap = fwdcompile.laplacian(model, compile=True, batched=True)
-    ((name, _),) = _axes(model, x)[0].items()
     axes = torch.eye(x.shape[-1], dtype=x.dtype)[:, None].expand(-1, *x.shape).contiguous()
 
     def run(x: Tensor) -> Derivatives:
-        u, (slopes,), laplacian = lap(x, tangents=[{name: axes}])
+        u, (slopes,), laplacian = lap(x, tangents=[{_argument(model): axes}])
         return u, slopes.T, laplacian
 
     return run
@@ -180,9 +179,15 @@ WAYS: dict[str, Callable[[nn.Module, Tensor], Way]] = {
 }
 
 
+def _argument(model: nn.Module) -> str:
+    return "input" if isinstance(model, nn.Sequential) else "x"
+
+
 def _axes(model: nn.Module, x: Tensor) -> list[dict[str, Tensor]]:
-    name = "input" if isinstance(model, nn.Sequential) else "x"
-    return [{name: e.expand(x.shape).contiguous()} for e in torch.eye(x.shape[-1], dtype=x.dtype)]
+    return [
+        {_argument(model): e.expand(x.shape).contiguous()}
+        for e in torch.eye(x.shape[-1], dtype=x.dtype)
+    ]
 
 
 def loss(found: Derivatives) -> Tensor:

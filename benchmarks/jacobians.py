@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from contest import CPU, Run, contest, milliseconds, run_under, seconds, table
-from results import RESULTS, header, prepare, publish
+from contest import CPU, Run, contest, milliseconds, run_under, seconds
+from results import RESULTS, header, prepare, publish, refusals, table
 from torch import Tensor, nn
 from torch._inductor.utils import fresh_cache
 from works import WIDTH, Attention, Perceptron
@@ -104,19 +104,13 @@ def by_autograd(model: nn.Module, x: Tensor) -> Tensor:
 def page(result: dict[str, Any]) -> str:
     """The result as Markdown."""
     works = result["works"]
-    columns = {name: entry["ways"] for name, entry in works.items()}
+    columns = {name: entry["methods"] for name, entry in works.items()}
     ways = [*WAYS, JAX]
-    refused = [
-        f"- {name}, {way}: `{cell['refused']}`\n"
-        for name, cells in columns.items()
-        for way, cell in cells.items()
-        if "refused" in cell
-    ]
     return "\n".join(
         (
-            table("Jacobian, ms", ways, columns, milliseconds),
-            table("Jacobian, seconds of the first", ways, columns, seconds),
-            "".join(refused),
+            table("Jacobian, ms", columns, milliseconds, ways, "-"),
+            table("Jacobian, seconds of the first", columns, seconds, ways, "-"),
+            refusals(works),
             f"In brackets the ratio to `{OURS}`. "
             + run_under(next(iter(works.values())), "make bench-jacobians"),
         )
@@ -139,7 +133,7 @@ def main() -> None:
             way: lambda way=way, model=model, x=x: start(way, model, x) for way in (*WAYS, JAX)
         }
         with fresh_cache():  # so that the first turn finds nothing compiled
-            works[name] = entry | {"ways": contest(starts, OURS, (JAX,), options.pairs)}
+            works[name] = entry | {"methods": contest(starts, OURS, (JAX,), options.pairs)}
     result = {"works": works}
     publish(options.out, "jacobians-cpu", result, page(result))
 

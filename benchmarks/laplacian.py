@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from contest import CPU, Run, contest, milliseconds, run_under, seconds, table
+from contest import CPU, Run, contest, milliseconds, run_under, seconds
 from fields import FIELDS, OURS, WAYS, backward_twice, loss
-from results import RESULTS, Cells, header, load, prepare, publish
+from results import RESULTS, Cells, header, load, prepare, publish, table
 from torch import Tensor, nn
 from torch._inductor.utils import fresh_cache
 
@@ -105,7 +105,7 @@ def page(result: dict[str, Any]) -> str:
     ways = [*WAYS, *JAX]
     cells = (("ms", milliseconds), ("seconds of the first", seconds))
     parts = [
-        table(f"{what}, {unit}", ways, columns[task], text)
+        table(f"{what}, {unit}", columns[task], text, ways, "-")
         for unit, text in cells
         for task, what in TASKS.items()
     ]

@@ -106,13 +106,19 @@ def replace(path: Path, name: str, entry: dict[str, Any]) -> dict[str, Any]:
     return load(path)
 
 
-def table(title: str, columns: dict[str, Cells], text: Callable[[dict[str, Any]], str]) -> str:
+def table(
+    title: str,
+    columns: dict[str, Cells],
+    text: Callable[[dict[str, Any]], str],
+    methods: Iterable[str] = STEPS,
+    refused: str = "refused",
+) -> str:
     """A row for each method that some work has, a column for each work."""
     rows = [f"| {title} | " + " | ".join(columns) + " |", "|---" * (1 + len(columns)) + "|"]
-    for method in STEPS:
+    for method in methods:
         cells = [column.get(method) for column in columns.values()]
         if any(cells):
-            texts = ["" if c is None else "refused" if "refused" in c else text(c) for c in cells]
+            texts = ["" if c is None else refused if "refused" in c else text(c) for c in cells]
             rows.append(f"| {method} | " + " | ".join(texts) + " |")
     return "\n".join(rows) + "\n"
 

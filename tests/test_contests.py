@@ -9,6 +9,7 @@ import jacobians
 import pytest
 import torch
 from jacobians import CASES, JAX, OURS, WAYS
+from results import table
 from torch import nn
 from works import WIDTH, Attention
 
@@ -68,7 +69,7 @@ def test_every_way_is_told() -> None:
     cells = contest.contest({"ours": runs, "peer": fails, "other": runs}, "ours", ("other",), 2)
     assert cells["peer"] == {"refused": "RuntimeError: no such op"}
     assert cells["ours"]["ratio"] == 1 and cells["other"]["first, seconds"] == 0.5
-    text = contest.table("time", ["ours", "peer", "absent"], {"work": cells}, contest.seconds)
+    text = table("time", {"work": cells}, contest.seconds, ["ours", "peer", "absent"], "-")
     assert text.splitlines()[2:] == ["| ours | 0.5 |", "| peer | - |"]
 
 

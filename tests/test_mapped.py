@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from batches import check
+from batches import check, rows
 from torch import Tensor
 
 import fwdcompile
@@ -44,8 +44,7 @@ def test_a_scalar_has_the_weaker_dtype(order: str) -> None:
     }
     y_dot = fwdcompile.transform(function, batched=True)(*inputs, tangents=dots)[1]
     each = fwdcompile.transform(function)
-    ways = [{name: dot[k] for name, dot in dots.items()} for k in range(2)]
-    torch.testing.assert_close(y_dot, torch.stack(each(*inputs, tangents=ways)[1]))
+    torch.testing.assert_close(y_dot, torch.stack(each(*inputs, tangents=rows(dots))[1]))
     assert y_dot.dtype == torch.float32
 
 
