@@ -40,7 +40,7 @@ def compiled_draw(directions: Directions, out: Tensor) -> Callable[[Tensor, Tens
         key = stream_keys(seed, step)[0, 0]
         return out.copy_(directions.draw(out.shape, key=key, dtype=out.dtype))
 
-    return compiled_step(fill, "default", False)
+    return compiled_step(fill, "default", False, torch.device("cpu"))
 
 
 def batch(

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .inductor import StepPasses
+from .kernels import StepKernels
 
 # kernels that read one tensor, as all updates do, are tried for fusion when no further apart:
 # torch's own 64 found no more in steps of many layers, and took much longer
@@ -22,9 +23,9 @@ _ON_TENSORS = functools.partial(torch.compiler.keep_tensor_guards_unsafe, keep_p
 
 
 def compiled_step(
-    function: Callable[..., Any], mode: str, dynamic: bool | None
+    function: Callable[..., Any], mode: str, dynamic: bool | None, device: torch.device
 ) -> Callable[..., Any]:
-    """A step compiled as one graph in a mode of torch.compile, which records no CUDA graph.
+    """A step on a device compiled as one graph in a mode of torch.compile; records no CUDA graph.
 
     Of torch's guards those on tensors are kept. All else that a step reads is fixed or part of
     the key of its plan, and looking at it takes a tenth of a small model's step.
@@ -35,6 +36,8 @@ def compiled_step(
     # a product and a sum are one instruction, as on GPUs: polynomials consist of them
     options["cpp.enable_floating_point_contract_flag"] = "fast"
     options["max_fusion_buffer_group_pairwise_attempts"] = NEIGHBOURS
+    if device.type == "cpu":
+        options |= {"_post_fusion_custom_pass": StepKernels(), "reorder_for_peak_memory": False}
     fresh = with_own_code(function)
     return torch.compile(fresh, fullgraph=True, dynamic=dynamic, options=options)
 

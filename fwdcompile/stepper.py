@@ -186,7 +186,9 @@ class Stepper:
     def _compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """The function compiled, if that was asked for."""
         dynamic = None if self._forward.dynamic else False
-        return compiled_step(function, self._mode, dynamic) if self._compile else function
+        if not self._compile:
+            return function
+        return compiled_step(function, self._mode, dynamic, self._seed.device)
 
     def _check(self, lowered: Lowered) -> None:
         check_loss(lowered)

@@ -173,7 +173,7 @@ def test_all_that_a_peer_writes_stays_in_place(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.compiled
 def test_a_product_and_a_sum_round_once() -> None:
     x = 1 + torch.arange(1, 1001, dtype=torch.float32) * 2**-12
-    step = compiled_step(lambda a, b, c: a * b + c, "default", False)
+    step = compiled_step(lambda a, b, c: a * b + c, "default", False, torch.device("cpu"))
     with fresh_cache():
         found = step(x, x, -(x * x))
     assert torch.equal(found.double(), x.double() ** 2 - (x * x).double())
