@@ -12,9 +12,6 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from .inductor import StepPasses
-from .kernels import StepKernels
-
 # kernels that read one tensor, as all updates do, are tried for fusion when no further apart:
 # torch's own 64 found no more in steps of many layers, and took much longer
 NEIGHBOURS = 16
@@ -30,6 +27,10 @@ def compiled_step(
     Of torch's guards those on tensors are kept. All else that a step reads is fixed or part of
     the key of its plan, and looking at it takes a tenth of a small model's step.
     """
+    # Inductor takes a second to import
+    from .inductor import StepPasses
+    from .kernels import StepKernels
+
     options = torch._inductor.list_mode_options(mode) | {"guard_filter_fn": _ON_TENSORS}
     options["triton.cudagraphs"] = False
     options["post_grad_custom_pre_pass"] = StepPasses()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch._inductor.utils import fresh_cache, run_and_get_code
 from torch.nn.functional import cross_entropy, mse_loss
 
-from fwdcompile import FGD, Rademacher, compiling
+from fwdcompile import FGD, Rademacher
 from fwdcompile.compiling import compiled_step
 from fwdcompile.kernels import Nodes, StepKernels
 
@@ -152,7 +152,7 @@ def test_a_step_of_a_transformer_block_needs_less_memory(monkeypatch: pytest.Mon
     x = torch.linspace(-1, 1, 80).view(2, 5, 8)
     peaks, weights = [], []
     for kernels in (StepKernels, AsInductor):
-        monkeypatch.setattr(compiling, "StepKernels", kernels)
+        monkeypatch.setattr("fwdcompile.kernels.StepKernels", kernels)
         torch.manual_seed(0)
         model = Block(8, 2)
         fgd = FGD(model, mse_loss, lr=0.1, directions=Rademacher(rank_one=True))
