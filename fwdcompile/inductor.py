@@ -11,6 +11,7 @@ aten = torch.ops.aten
 # so few parts are in so few kernels that copies would not pay
 FEW = 8
 _VIEWS = aten.reshape.default, aten.view.default, aten._unsafe_view.default
+_PRODUCTS = aten.mm.default, aten.addmm.default
 
 
 class StepPasses(CustomGraphPass):  # type: ignore[misc]
@@ -18,6 +19,7 @@ class StepPasses(CustomGraphPass):  # type: ignore[misc]
 
     def __call__(self, graph: fx.Graph) -> None:
         """Rewrites the graph in place."""
+        sums_of_products(graph)
         addends_on_the_way(graph)
         parts_apart(graph)
         images_in_order(graph)
@@ -25,6 +27,37 @@ class StepPasses(CustomGraphPass):  # type: ignore[misc]
     def uuid(self) -> bytes:
         """What the cache of compiled code knows them by."""
         return bytes(get_hash_for_files((__file__,)))
+
+
+def sums_of_products(graph: fx.Graph) -> None:
+    """Adds two products before they are viewed, so that the second is added onto the first.
+
+    Before: `view(mm(x_dot, w)) + view(addmm(b_dot, x, w_dot))`, which keeps both until a kernel
+    adds them. After: `view(mm(x_dot, w) + addmm(b_dot, x, w_dot))`, of which Inductor makes an
+    addmm.
+    """
+    for node in graph.find_nodes(op="call_function", target=aten.add.Tensor):
+        products = [_viewed_product(arg) for arg in node.args]
+        if len(products) != 2 or node.kwargs or None in products or products[0] is products[1]:
+            continue
+        first, second = products
+        if first.meta["val"].shape != second.meta["val"].shape:  # type: ignore[union-attr]
+            continue
+        with graph.inserting_before(node):
+            total = graph.call_function(aten.add.Tensor, (first, second))
+        total.meta = dict(first.meta)  # type: ignore[union-attr]
+        views = node.all_input_nodes
+        node.target, node.args = aten.reshape.default, (total, [*node.meta["val"].shape])
+        for view in views:
+            graph.erase_node(view)
+
+
+def _viewed_product(arg: object) -> fx.Node | None:
+    """The product of which a node is the only view, and which has no other use."""
+    if not isinstance(arg, fx.Node) or arg.target not in _VIEWS or len(arg.users) != 1:
+        return None
+    (source,) = arg.all_input_nodes
+    return source if source.target in _PRODUCTS and len(source.users) == 1 else None
 
 
 def addends_on_the_way(graph: fx.Graph) -> None:

@@ -195,10 +195,24 @@ def in_little_memory(nodes: Nodes, over: Mapping[str, str]) -> Nodes:
         buffers[written].mpi_buffer.size_alloc = buffers[read].mpi_buffer.size_free = 0
     for node in nodes:
         node.mpi_node.size = sum(b.mpi_buffer.size_alloc for b in node.get_outputs())
-    orders = [
+    found = [
         nodes,
         memory.topological_sort_lpmf(nodes, freed, buffers, outputs),
         memory.topological_sort_bfs(nodes),
         memory.topological_sort_dfs(nodes),
     ]
+    orders = [order for each in found for order in (each, _late(each))]
     return min(orders, key=lambda order: memory.estimate_peak_memory(order, freed, outputs)[0])
+
+
+def _late(nodes: Nodes) -> Nodes:
+    """Kernels that take more memory than they free, as drawing does, before their first reader."""
+    order: Nodes = []  # the last one first
+    for node in reversed(nodes):
+        planned = node.mpi_node
+        last_read = (b for b in planned.pred_buffers if not b.mpi_buffer.succ_nodes & order)
+        frees = sum(buffer.mpi_buffer.size_free for buffer in last_read)
+        readers = [i for i, other in enumerate(order) if other in planned.succ_nodes]
+        is_late = readers and planned.size >= frees
+        order.insert(readers[-1] + 1 if is_late else len(order), node)
+    return order[::-1]
