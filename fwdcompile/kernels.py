@@ -210,7 +210,7 @@ def _late(nodes: Nodes) -> Nodes:
     order: Nodes = []  # the last one first
     for node in reversed(nodes):
         planned = node.mpi_node
-        last_read = (b for b in planned.pred_buffers if not b.mpi_buffer.succ_nodes & order)
+        last_read = (b for b in planned.pred_buffers if b.mpi_buffer.succ_nodes.isdisjoint(order))
         frees = sum(buffer.mpi_buffer.size_free for buffer in last_read)
         readers = [i for i, other in enumerate(order) if other in planned.succ_nodes]
         is_late = readers and planned.size >= frees
