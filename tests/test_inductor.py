@@ -15,7 +15,13 @@ from torch.nn.functional import cross_entropy, max_pool2d
 from fwdcompile import FGD, Normal, Rademacher
 from fwdcompile.compiling import compiled_step
 from fwdcompile.directions import Directions
-from fwdcompile.inductor import FEW, addends_on_the_way, images_in_order, parts_apart
+from fwdcompile.inductor import (
+    FEW,
+    addends_on_the_way,
+    images_in_order,
+    parts_apart,
+    sums_of_products,
+)
 
 X, Y = torch.linspace(-1, 1, 24).view(4, 6), torch.tensor([0, 1, 2, 1])
 
@@ -34,6 +40,29 @@ def test_no_addend_of_a_product_is_written_out() -> None:
     torch.testing.assert_close(loss, expected)
     for mine, theirs in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize(
+    ("sums", "changed"),
+    [
+        (lambda x, w: (x @ w).view(2, 3, 5) + torch.addmm(w[0], x, w).view(2, 3, 5), True),
+        (lambda x, w: (x @ w).view(2, 15) + (x @ (w + 1)).view(2, 15), True),
+        (lambda x, w: (x @ w).view(30) + (x @ w).view(5, 6).mT.reshape(30), False),
+        (lambda x, w: torch.add((x @ w).view(30), (x @ (w + 1)).view(30), alpha=2), False),
+        (lambda x, w: 2 * (y := (x @ w).view(30)) + y, False),
+    ],
+)
+def test_products_are_added_before_they_are_viewed(sums: Any, changed: bool) -> None:
+    x, w = torch.randn(6, 4), torch.randn(4, 5)
+    graph = make_fx(sums)(x, w)
+    sums_of_products(graph.graph)
+    graph.recompile()
+    graph.graph.lint()
+    adds = graph.graph.find_nodes(op="call_function", target=torch.ops.aten.add.Tensor)
+    products = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default}
+    sources = [{source.target for source in add.all_input_nodes} for add in adds]
+    assert any(found and found <= products for found in sources) == changed
+    torch.testing.assert_close(graph(x, w), sums(x, w))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.uint8, torch.bool])

@@ -164,6 +164,24 @@ def test_a_step_of_a_transformer_block_needs_less_memory(monkeypatch: pytest.Mon
     torch.testing.assert_close(*weights, rtol=0, atol=0)
 
 
+@pytest.mark.compiled
+def test_what_is_drawn_for_a_late_layer_is_drawn_late() -> None:
+    """The random words of the last layer come behind the first layer's product."""
+
+    def step(x: Tensor, seed: Tensor, w: Tensor) -> Tensor:
+        y = (x @ w).sin()
+        v = (torch.arange(w.numel(), dtype=torch.float64) * seed).sin().view(w.shape)
+        return (y @ w.mT) @ v.as_strided(v.shape, v.stride())
+
+    x, w = torch.randn(9, 5, dtype=torch.float64), torch.randn(5, WIDE, dtype=torch.float64)
+    seed = torch.tensor(3.0, dtype=torch.float64)
+    with fresh_cache():
+        result, (code,) = run_and_get_code(compiled_step(step, "default", False, CPU), x, seed, w)
+    torch.testing.assert_close(result, step(x, seed, w))
+    calls = re.findall(r"^        (extern_kernels\.mm|cpp_fused\w+)\(", code, re.MULTILINE)
+    assert "arange" in calls[-2] and calls[-1] == "extern_kernels.mm"
+
+
 @pytest.mark.parametrize(("device", "asked"), [("cpu", True), ("cuda", False)])
 def test_kernels_of_a_gpu_are_left_to_inductor(
     device: str, asked: bool, monkeypatch: pytest.MonkeyPatch
