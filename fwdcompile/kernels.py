@@ -201,12 +201,16 @@ def in_little_memory(nodes: Nodes, over: Mapping[str, str]) -> Nodes:
         memory.topological_sort_bfs(nodes),
         memory.topological_sort_dfs(nodes),
     ]
-    orders = [order for each in found for order in (each, _late(each))]
+    orders = [order for each in found for order in (each, late(each))]
     return min(orders, key=lambda order: memory.estimate_peak_memory(order, freed, outputs)[0])
 
 
-def _late(nodes: Nodes) -> Nodes:
-    """Kernels that take more memory than they free, as drawing does, before their first reader."""
+def late(nodes: Nodes) -> Nodes:
+    """Puts kernels that take more memory than they free, as draws do, before their first reader.
+
+    Before: `v1 = draw(); v2 = draw(); y = x @ v1; z = y @ v2`. After:
+    `v1 = draw(); y = x @ v1; v2 = draw(); z = y @ v2`.
+    """
     order: Nodes = []  # the last one first
     for node in reversed(nodes):
         planned = node.mpi_node

@@ -6,6 +6,7 @@ import copy
 import re
 from collections import Counter
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,10 +15,11 @@ from nets import Block
 from torch import Tensor, nn
 from torch._inductor.utils import fresh_cache, run_and_get_code
 from torch.nn.functional import cross_entropy, mse_loss
+from torch.utils._ordered_set import OrderedSet
 
 from fwdcompile import FGD, Rademacher
 from fwdcompile.compiling import compiled_step
-from fwdcompile.kernels import Nodes, StepKernels
+from fwdcompile.kernels import Nodes, StepKernels, late
 
 CPU = torch.device("cpu")
 WIDE = 48
@@ -164,22 +166,28 @@ def test_a_step_of_a_transformer_block_needs_less_memory(monkeypatch: pytest.Mon
     torch.testing.assert_close(*weights, rtol=0, atol=0)
 
 
-@pytest.mark.compiled
-def test_what_is_drawn_for_a_late_layer_is_drawn_late() -> None:
-    """The random words of the last layer come behind the first layer's product."""
+class Planned:
+    """A kernel as far as its memory goes: `makes` bytes, and reads what others make."""
 
-    def step(x: Tensor, seed: Tensor, w: Tensor) -> Tensor:
-        y = (x @ w).sin()
-        v = (torch.arange(w.numel(), dtype=torch.float64) * seed).sin().view(w.shape)
-        return (y @ w.mT) @ v.as_strided(v.shape, v.stride())
+    def __init__(self, name: str, makes: int, *reads: Planned) -> None:
+        self.name = name
+        self.mpi_buffer = SimpleNamespace(size_free=makes, succ_nodes=OrderedSet[Any]())
+        self.mpi_node = SimpleNamespace(
+            size=makes, succ_nodes=OrderedSet[Any](), pred_buffers=reads
+        )
+        for source in reads:
+            source.mpi_buffer.succ_nodes.add(self)
+            source.mpi_node.succ_nodes.add(self)
 
-    x, w = torch.randn(9, 5, dtype=torch.float64), torch.randn(5, WIDE, dtype=torch.float64)
-    seed = torch.tensor(3.0, dtype=torch.float64)
-    with fresh_cache():
-        result, (code,) = run_and_get_code(compiled_step(step, "default", False, CPU), x, seed, w)
-    torch.testing.assert_close(result, step(x, seed, w))
-    calls = re.findall(r"^        (extern_kernels\.mm|cpp_fused\w+)\(", code, re.MULTILINE)
-    assert "arange" in calls[-2] and calls[-1] == "extern_kernels.mm"
+
+def test_what_takes_memory_comes_late_and_what_frees_some_does_not() -> None:
+    first, second = Planned("first", 9), Planned("second", 9)
+    small = Planned("small", 1, first)
+    x = Planned("x", 2)
+    y = Planned("y", 2, x, small)
+    z = Planned("z", 2, y, second)
+    nodes: Any = [first, second, small, x, y, z]
+    assert [node.name for node in late(nodes)] == ["first", "small", "x", "y", "second", "z"]
 
 
 @pytest.mark.parametrize(("device", "asked"), [("cpu", True), ("cuda", False)])
