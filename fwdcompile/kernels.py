@@ -43,7 +43,7 @@ class StepKernels(CustomSchedulerPass):  # type: ignore[misc]
         over: dict[str, str] = {}
         for node in nodes:
             over |= write_over(node)
-        return in_little_memory(nodes, over)
+        return in_little_memory(nodes, over) if nodes else nodes
 
     def uuid(self) -> bytes:
         """What the cache of compiled code knows it by."""

@@ -166,6 +166,14 @@ def test_a_step_of_a_transformer_block_needs_less_memory(monkeypatch: pytest.Mon
     torch.testing.assert_close(*weights, rtol=0, atol=0)
 
 
+@pytest.mark.compiled
+@pytest.mark.parametrize("function", [lambda x: x, lambda x: x.view(3, 1), torch.detach])
+def test_a_step_without_kernels(function: Any) -> None:
+    x = torch.ones(3)
+    result = compiled_step(lambda x: function(x), "default", False, CPU)(x)
+    torch.testing.assert_close(result, function(x))
+
+
 class Planned:
     """A kernel as far as its memory goes: `makes` bytes, and reads what others make."""
 
