@@ -162,7 +162,7 @@ def test_a_step_of_a_transformer_block_needs_less_memory(monkeypatch: pytest.Mon
             _, (code,) = run_and_get_code(fgd.step, x, x)
         peaks.append(peak_bytes(code))
         weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
-    assert peaks[0] < 0.7 * peaks[1]
+    assert peaks[0] < 0.8 * peaks[1]
     torch.testing.assert_close(*weights, rtol=0, atol=0)
 
 
