@@ -7,7 +7,7 @@ would be chosen as if none did.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import networkx as nx
@@ -91,9 +91,11 @@ def write_over(node: BaseSchedulerNode) -> dict[str, str]:
         readers = {user.get_name() for user in buffers[name].users}
         for writer in writers[name]:
             (result,) = parts[writer].get_outputs()
-            if result.get_name() in chosen or not _goes_last(writer, readers, order, node):
+            others = readers - {writer}
+            too_early = any(nx.has_path(order, writer, other) for other in others)
+            if result.get_name() in chosen or too_early:
                 continue
-            order.add_edges_from((reader, writer) for reader in readers - {writer})
+            order.add_edges_from((other, writer) for other in others)
             chosen[result.get_name()] = name
             buffers[name].users = [u for u in buffers[name].users if u.get_name() == writer]
             break
@@ -102,17 +104,6 @@ def write_over(node: BaseSchedulerNode) -> dict[str, str]:
         names = nx.lexicographical_topological_sort(order, places.__getitem__)
         node.snodes[:] = [parts[name] for name in names]  # type: ignore[attr-defined]
     return chosen
-
-
-def _goes_last(
-    writer: str, readers: Collection[str], order: nx.DiGraph[str], node: BaseSchedulerNode
-) -> bool:
-    """Whether one of the readers of a buffer is the last of them, or can be."""
-    others = [reader for reader in readers if reader != writer]
-    if _movable(node):
-        return not any(nx.has_path(order, writer, other) for other in others)
-    places = {part.get_name(): i for i, part in enumerate(node.get_nodes())}
-    return all(places[other] < places[writer] for other in others)
 
 
 def _is_loop(part: BaseSchedulerNode) -> bool:
@@ -168,6 +159,8 @@ def _order(node: BaseSchedulerNode, parts: Parts) -> nx.DiGraph[str]:
     for name, part in parts.items():
         before = {makers[dep.name] for dep in part.unmet_dependencies if dep.name in makers}
         graph.add_edges_from((other, name) for other in before - {name})
+    if not _movable(node):
+        nx.add_path(graph, parts)
     return graph
 
 

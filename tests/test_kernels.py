@@ -27,14 +27,14 @@ BYTES = {"bool": 1, "int8": 1, "uint8": 1, "int32": 4, "int64": 8, "float32": 4,
 Function = Callable[..., tuple[Tensor, ...]]
 
 
-class AsInductor(StepKernels):
-    """Leaves the kernels as Inductor has them."""
+class AsTheyAre(StepKernels):
+    """Leaves the kernels, and the order in which they were fused."""
 
     def __call__(self, nodes: Nodes) -> Nodes:
         return nodes
 
     def uuid(self) -> bytes:
-        return b"as Inductor"
+        return b"as they are"
 
 
 def peak_bytes(code: str) -> int:
@@ -153,7 +153,7 @@ def test_an_activation_and_its_tangent_are_written_over_what_they_are_computed_f
 def test_a_step_of_a_transformer_block_needs_less_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.linspace(-1, 1, 80).view(2, 5, 8)
     peaks, weights = [], []
-    for kernels in (StepKernels, AsInductor):
+    for kernels in (StepKernels, AsTheyAre):
         monkeypatch.setattr("fwdcompile.kernels.StepKernels", kernels)
         torch.manual_seed(0)
         model = Block(8, 2)
@@ -212,4 +212,4 @@ def test_kernels_of_a_gpu_are_left_to_inductor(
 
 
 def test_the_cache_of_compiled_code_knows_the_pass() -> None:
-    assert StepKernels().uuid() == StepKernels().uuid() != AsInductor().uuid()
+    assert StepKernels().uuid() == StepKernels().uuid() != AsTheyAre().uuid()
