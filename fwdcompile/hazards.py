@@ -29,6 +29,7 @@ aten = torch.ops.aten
 _HERE = str(Path(__file__).parent) + os.sep
 _TORCH = str(Path(torch.__file__).parent) + os.sep
 _CAPTURE = f"{_HERE}capture.py"
+_AUTOGRAD = torch._C.DispatchKey.AutogradFunctionality
 _FRAME = re.compile(r'File "(.+?)", line (\d+), in .*(?:\n    (.*))?')
 
 
@@ -119,10 +120,10 @@ def explain(error: Exception) -> str:
             f"{where}A branch or loop body makes a tensor from numbers (torch.tensor), which "
             "torch.export cannot capture there.\n  Make it before, or with torch.full."
         )
-    if "fake tensor in the exported program" in text:
+    if "Trying to backward through fwdcompile.attached" in text:
         return (
-            f"{where}The model makes tensors that capture does not see, as torch.autograd.grad and "
-            "backward() do.\n  Differentiate with torch.func.grad, vjp or jacrev inside a model."
+            f"{where}torch.autograd.grad goes through a torch.autograd.Function here, which cannot "
+            "keep its derivative there.\n  Write its forward as plain ops, or as a custom op."
         )
     if "must be tuple of ints,but got FakeTensor" in text:
         return (
@@ -185,8 +186,11 @@ class _HiddenWrites(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for x in _written_by(func, args, kwargs):
             if is_differentiable(x) and x.untyped_storage()._cdata in self._detached:
                 raise _hidden(func, here())
+        detaches = func is aten.detach.default
+        if detaches and not torch._C._dispatch_tls_is_dispatch_key_excluded(_AUTOGRAD):
+            return aten.alias.default(*args)  # autograd itself, as it keeps a result for backward
         out = func(*args, **kwargs)
-        if func is aten.detach.default:
+        if detaches:
             storage = out.untyped_storage()
             self._detached[storage._cdata] = storage
         return out

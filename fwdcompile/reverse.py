@@ -1,9 +1,9 @@
-"""Reverse mode inside a captured function: `torch.func.grad`, `vjp`, `jacrev`, `hessian`."""
+"""Reverse mode in a captured function: `torch.func.grad` and its like, `torch.autograd.grad`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 from unittest import mock
 
@@ -15,6 +15,9 @@ from torch.export.exported_program import ExportedProgram
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .hazards import refused_hidden_writes
+from .tape import Tape, TapeError, drop_aliases, stopped_at_tapes
+
+Around = Callable[[nn.Module, Any, Any], AbstractContextManager[None]]
 
 # where grad, vjp and jvp of torch.func begin a level of their own
 _LEVELS = ("grad_increment_nesting", "jvp_increment_nesting")
@@ -29,25 +32,49 @@ def recorded(
 ) -> ExportedProgram:
     """What `torch.export.export` gives, also for a function that differentiates by itself.
 
-    Export records above autograd, and there loses what a transform of torch.func computes. Such a
-    function is recorded below autograd, as the ops of its forward and its backward run; attention
-    then by its parts, as torch has no derivative of a fused kernel's backward.
+    Export records above autograd, and there loses what reverse mode computes. Such a function is
+    recorded below autograd, as the ops of its forward and its backward run; attention then by its
+    parts, as torch has no derivative of a fused kernel's backward. Where it calls
+    `torch.autograd.grad`, autograd keeps a tape meanwhile.
 
     Args:
         root: whose forward is recorded.
         args: example positional arguments.
         kwargs: example keyword arguments.
         shapes: as `dynamic_shapes` of `torch.export.export`.
+
+    Raises:
+        CaptureError: the function calls `backward`.
     """
-    try:
-        with _stopped_at_transforms():
-            return torch.export.export(root, args, kwargs, dynamic_shapes=shapes, strict=False)
-    except _TransformError:
-        with sdpa_kernel(SDPBackend.MATH), _watched(type(root)):
-            below: ExportedProgram = _export(
+
+    def below(around: Around) -> ExportedProgram:
+        forward = type(root).forward
+
+        def watched(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            with around(self, args, kwargs), refused_hidden_writes():
+                return forward(self, *args, **kwargs)
+
+        with sdpa_kernel(SDPBackend.MATH), mock.patch.object(type(root), "forward", watched):
+            exported: ExportedProgram = _export(
                 root, args, kwargs, dynamic_shapes=shapes, strict=False, pre_dispatch=False
             )
-            return below
+            return exported
+
+    try:
+        with stopped_at_tapes():
+            try:
+                with _stopped_at_transforms():
+                    return torch.export.export(
+                        root, args, kwargs, dynamic_shapes=shapes, strict=False
+                    )
+            except _TransformError:
+                return below(lambda *_: nullcontext())
+    except TapeError:
+        tape = Tape(root, args, kwargs)
+        with tape.off():
+            exported = below(tape.on)
+        drop_aliases(exported.graph)
+        return exported
 
 
 @contextmanager
@@ -58,16 +85,4 @@ def _stopped_at_transforms() -> Iterator[None]:
     with ExitStack() as stack:
         for level in _LEVELS:
             stack.enter_context(mock.patch.object(eager_transforms, level, stop))
-        yield
-
-
-@contextmanager
-def _watched(kind: type[nn.Module]) -> Iterator[None]:
-    forward = kind.forward
-
-    def watched(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        with refused_hidden_writes():
-            return forward(self, *args, **kwargs)
-
-    with mock.patch.object(kind, "forward", watched):
         yield

@@ -110,6 +110,20 @@ def test_derivatives_page_trains_on_a_laplacian() -> None:
     torch.testing.assert_close(model.w.grad, 2 * (9 * u * u).mean() / model.w)
 
 
+def test_derivatives_page_differentiates_a_model_that_does() -> None:
+    net, (x, v, wanted) = (
+        torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh()),
+        torch.randn(3, 5, 3),
+    )
+    hessian = torch.func.hessian(lambda x: net(x).sum())(x)
+    force = -torch.func.grad(lambda x: net(x).sum())(x)
+    names = {"torch": torch, "fwdcompile": fwdcompile, "net": net, "x": x, "v": v, "wanted": wanted}
+    exec(blocks("docs/derivatives.md")[1].replace("lr=1e-3", "lr=1e-3, compile=False"), names)
+    torch.testing.assert_close(names["hessian"], hessian)
+    torch.testing.assert_close(names["forces_dot"], -torch.einsum("iajb,jb->ia", hessian, v))
+    torch.testing.assert_close(names["loss"], (force - wanted).square().mean())
+
+
 def test_derivatives_page_takes_batches_of_directions() -> None:
     x, v = torch.randn(2, 5, 8, dtype=torch.float64)
     net = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.Tanh()).double()
@@ -118,7 +132,7 @@ def test_derivatives_page_takes_batches_of_directions() -> None:
         return net(x)
 
     names = {"torch": torch, "fwdcompile": fwdcompile, "model": model, "x": x, "v": v}
-    exec(blocks("docs/derivatives.md")[1].replace("eye(8)", "eye(8).double()"), names)
+    exec(blocks("docs/derivatives.md")[2].replace("eye(8)", "eye(8).double()"), names)
     y, y_dot = net(x), names["y_dot"]
     slope = (1 - y * y) * net[0].weight.T[:, None]
     torch.testing.assert_close(y_dot, slope)
@@ -132,7 +146,7 @@ def test_derivatives_page_trains_without_a_backward_pass() -> None:
     net, (x, t) = Wave(), torch.rand(2, 5)
     names = {"torch": torch, "nn": torch.nn, "fwdcompile": fwdcompile, "net": net, "x": x, "t": t}
     before = net(x, t).detach()
-    exec(blocks("docs/derivatives.md")[2].replace("lr=1e-3", "lr=1e-3, compile=False"), names)
+    exec(blocks("docs/derivatives.md")[3].replace("lr=1e-3", "lr=1e-3, compile=False"), names)
     torch.testing.assert_close(names["loss"], (1.1 * before).square().mean())
     assert net.w < 2
 

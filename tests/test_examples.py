@@ -13,6 +13,7 @@ import curvature
 import inspect_code
 import jacobian
 import pinn
+import vibrations
 from torch import nn
 from torch.func import functional_call, hessian
 from torch.nn.functional import cross_entropy
@@ -63,3 +64,10 @@ def test_eigenvalues_are_those_of_the_hessian(capsys: pytest.CaptureFixture[str]
                                rtol=1e-3, atol=1e-4)  # fmt: skip
     assert 0 < min(curvature.main(steps=2, every=1, compile=False)) < 2
     assert "2 / lr 4" in capsys.readouterr().out
+
+
+def test_a_triangle_swings_as_it_is_known_to(capsys: pytest.CaptureFixture[str]) -> None:
+    found = vibrations.main(mass=1.0)
+    expected = torch.tensor([0, 0, 0, 0, 0, 0, 1.5, 1.5, 3.0], dtype=torch.float64).mul(4.5).sqrt()
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-6)
+    assert "transformed by a functorch transform" in capsys.readouterr().out

@@ -175,16 +175,6 @@ def test_a_loss_of_derivatives_trains_by_forward_gradients() -> None:
     assert losses[-1] < 0.5 * losses[0]
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")
-def test_autograd_inside_a_model_is_refused_with_a_way_out() -> None:
-    def f(x: Tensor) -> Tensor:
-        x = x.view_as(x).requires_grad_()
-        return torch.autograd.grad(x.exp().sum(), x, create_graph=True)[0]
-
-    with pytest.raises(CaptureError, match="Differentiate with torch.func.grad"):
-        fwdcompile.jvp(f, (normal(3),), (normal(3),))
-
-
 def test_a_buffer_written_inside_a_gradient_is_refused() -> None:
     model = nn.BatchNorm1d(3).double()
     with pytest.raises(CaptureError, match="would mutate a captured Tensor"):
