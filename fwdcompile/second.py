@@ -21,9 +21,10 @@ from torch import fx
 
 from .apply import Site
 from .batch import over_directions
+from .labels import Dot
 from .program import Program, Slot, can_move, origin, value
 from .trace import behind
-from .transform import Dot, Walk
+from .transform import Walk
 
 
 def second_order(

@@ -22,26 +22,14 @@ from .apply import Site, apply, site_of
 from .directions import RankOne
 from .dual import dual
 from .errors import MissingRuleError, RuleError, TangentError
-from .program import (
-    Program,
-    Slot,
-    can_move,
-    is_differentiable,
-    location,
-    op_name,
-    origin,
-    rename,
-    value,
-)
+from .labels import Dot, mark, rename_all
+from .program import Program, Slot, can_move, is_differentiable, location, value
 from .rule import Rule
 from .sizes import same_shape, unify
 from .subgraph import CONVENTIONS, operands_of
 from .trace import Recorder, behind, bind_call, fake_mode
 
 aten = torch.ops.aten
-
-# The tangent of a node: a node, one entry for each output of an op of several, or none.
-Dot = fx.Node | tuple[fx.Node | None, ...] | None
 
 
 def transform(
@@ -97,7 +85,7 @@ class Walk:
                 self._differentiate(node)
                 self._mark(node, before)
         outputs = self._outputs()
-        self._rename()
+        rename_all(self.graph, self.primals, self._ending)
         return replace(
             self.program,
             graph=self.graph,
@@ -161,24 +149,7 @@ class Walk:
 
     def _mark(self, node: fx.Node, before: fx.Node) -> None:
         """Labels what a rule has added behind `before` for the tangents of `node`."""
-        labels = self._labels(node)
-        for added in behind(before):
-            of, direction = labels.get(added, (node.name, 0))
-            role = "tangent" if added in labels else "glue"
-            added.meta |= {"role": role, "of": of, "direction": direction}
-            added.meta |= origin(node)
-
-    def _labels(self, node: fx.Node) -> dict[fx.Node, tuple[str, int]]:
-        """The tangents of a node, or of its items, with the primal's name and their direction."""
-        items = {user.args[1]: user.name for user in node.users if user.target is getitem}
-        labels: dict[fx.Node, tuple[str, int]] = {}
-        for k, dot in enumerate(self.dots.get(node, ())):
-            if isinstance(dot, fx.Node):
-                labels[dot] = (node.name, k)
-            for i, part in enumerate(dot if isinstance(dot, tuple) else ()):
-                if part is not None and i in items:
-                    labels[part] = (items[i], k)
-        return labels
+        mark(node, self.dots.get(node, ()), behind(before))
 
     def _differentiate(self, node: fx.Node) -> None:
         if node.target is getitem:
@@ -314,26 +285,9 @@ class Walk:
         self.graph.output(tuple(nodes))
         return slots
 
-    def _rename(self) -> None:
-        """Primals keep their names, tangents get `<primal>_dot`, all else what is left."""
-        names = {copy: node.name for node, copy in self.primals.items()}
-        for node in self.graph.nodes:
-            if node.meta.get("role") == "tangent":
-                factor = f"_{node.meta['factor']}" if node.meta.get("factor") else ""
-                names[node] = node.meta["of"] + self._ending(node.meta["direction"]) + factor
-        glue = (node for node in self.graph.nodes if node.meta.get("role") == "glue")
-        names |= {node: self._glue_name(node, names) for node in glue if node not in names}
-        rename(self.graph, names)
-
     def _ending(self, direction: int) -> str:
         """What the name of a tangent has behind that of its primal."""
         return f"_dot{direction}" if len(self.directions) > 1 else "_dot"
-
-    def _glue_name(self, node: fx.Node, names: dict[fx.Node, str]) -> str:
-        if node.target is not getitem:
-            return op_name(node)
-        source, index = node.args
-        return f"{names.get(source, op_name(source))}_out{index}"  # type: ignore[call-overload,arg-type]
 
     def _zeros(self, node: fx.Node) -> fx.Node:
         with self.recorder.active():
