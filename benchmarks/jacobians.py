@@ -18,9 +18,11 @@ from typing import Any
 
 import torch
 from contest import CPU, Run, contest, milliseconds, run_under, seconds
+from forces import Forces
 from results import RESULTS, header, prepare, publish, refusals, table
 from torch import Tensor, nn
 from torch._inductor.utils import fresh_cache
+from torch.autograd.functional import jacobian
 from works import WIDTH, Attention, Perceptron
 
 import fwdcompile
@@ -62,6 +64,7 @@ CASES = {
         ),
         (1, 8, 8),
     ),
+    "forces of 16 atoms, 48 to 48": Case(lambda: Forces(64), (16, 3)),
 }
 Function = Callable[[Tensor], Tensor]
 WAYS: dict[str, Callable[[Function], Function]] = {
@@ -70,6 +73,7 @@ WAYS: dict[str, Callable[[Function], Function]] = {
     "torch.func.jacfwd, compiled": lambda f: torch.compile(torch.func.jacfwd(f)),
     "torch.func.jacfwd, eager": torch.func.jacfwd,
     "torch.func.jacrev, compiled": lambda f: torch.compile(torch.func.jacrev(f)),
+    "torch.autograd, vectorized": lambda f: lambda x: jacobian(f, x, vectorize=True),
 }
 
 
@@ -79,11 +83,11 @@ def start(way: str, model: nn.Module, x: Tensor) -> tuple[Run, float]:
         peers = importlib.import_module("jacobians_jax")
         run = peers.run_of(model, x)
         return run, timed(run, 1, CPU)
-    jacobian = WAYS[way](model)
+    function = WAYS[way](model)
 
     @torch.no_grad()
     def run() -> Any:
-        return jacobian(x)
+        return function(x)
 
     first, expected = timed(run, 1, CPU), by_autograd(model, x)
     error = float((run() - expected).abs().max() / expected.abs().max())
@@ -96,9 +100,9 @@ def start(way: str, model: nn.Module, x: Tensor) -> tuple[Run, float]:
 def by_autograd(model: nn.Module, x: Tensor) -> Tensor:
     """The Jacobian by reverse mode, row by row in float64."""
     model.double()
-    jacobian: Tensor = torch.autograd.functional.jacobian(model, x.double())
+    found: Tensor = jacobian(model, x.double())
     model.float()
-    return jacobian
+    return found
 
 
 def page(result: dict[str, Any]) -> str:

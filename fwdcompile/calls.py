@@ -14,6 +14,13 @@ from .subgraph import CONVENTIONS, operands_of, plain, set_outputs
 
 _aten = torch.ops.aten
 
+# what Inductor turns into a write to the first operand
+_PUTS = {
+    _aten.index_put, _aten._unsafe_index_put, _aten.index_add, _aten.index_copy, _aten.index_fill,
+    _aten.index_reduce, _aten.masked_scatter, _aten.put, _aten.scatter, _aten.scatter_add,
+    _aten.scatter_reduce, _aten.slice_scatter, _aten.select_scatter, _aten.diagonal_scatter,
+}  # fmt: skip
+
 
 def merge_operands(node: fx.Node) -> None:
     """Hands an operand over once where it stands twice in a list.
@@ -61,15 +68,20 @@ def drop_operands(node: fx.Node) -> None:
 
 
 def settle(graph: fx.Graph) -> None:
-    """Gives the results of branches and bodies memory of their own, in their primal's layout.
+    """Gives what has to have it memory of its own, in the layout that it has to have.
 
     Before: `def true(x, x_dot): return (sin(x), x_dot)`. After: `x_dot` is cloned. Compiled
     higher-order ops refuse results that share memory with operands or with each other, and branches
     whose results differ in their strides.
 
+    Before: `z = expand(x, [5, 3]); y = index_put(z, i, d)`. After: `z` is cloned. Inductor writes
+    to it in place, where five rows are one.
+
     Requires values on each node. Ensures that numbers stay the same.
     """
     for node in list(graph.nodes):
+        if getattr(node.target, "overloadpacket", None) in _PUTS:
+            _settle_target(node)
         programs = programs_of(node)
         for program in programs:
             settle(program.graph)
@@ -79,6 +91,13 @@ def settle(graph: fx.Graph) -> None:
             for program in programs[CONVENTIONS[node.target].conditions :]:
                 set_outputs(program.graph, _owned(output_nodes(program.graph), wanted))
             _settle_carried(node, wanted)
+
+
+def _settle_target(node: fx.Node) -> None:
+    target: Any = node.args[0]
+    x = value(target)
+    if any(stride == 0 and n != 1 for n, stride in zip(x.shape, x.stride(), strict=True)):
+        node.update_arg(0, _clone(target, x.new_empty(x.shape), node))
 
 
 def _settle_carried(node: fx.Node, wanted: Sequence[Any]) -> None:

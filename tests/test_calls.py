@@ -126,3 +126,29 @@ def test_a_copy_has_programs_of_its_own() -> None:
     dce(copy.graph)
     for mine, theirs in zip(programs_of(call(copy)), programs_of(call(program)), strict=True):
         assert mine.graph is not theirs.graph
+
+
+def puts(x: Tensor, v: Tensor, i: Tensor) -> tuple[Tensor, ...]:
+    """Puts what moves into zeros that do not, and into several rows that are one."""
+    rows = (2 * x).expand(5, 6, 3)
+    return (
+        torch.index_add(torch.ones_like(x), 0, i, x[:4]),
+        rows.index_add(1, i, v),
+        rows.index_put((i,), v[0, :1]),
+        rows.slice_scatter(v, 1, 0, 4),
+        rows.select_scatter(v[:, 0], 1, 2),
+        rows.index_fill(1, i, 3.0),
+        rows.clone().index_add_(1, i, v),
+    )
+
+
+def test_no_op_puts_into_rows_that_are_one() -> None:
+    """Inductor would put in place, where a write to one row is a write to all."""
+    x, v, i = torch.randn(6, 3), torch.randn(5, 4, 3), torch.tensor([0, 1, 1, 3])
+    dots = {"x": torch.randn(7, 6, 3)}
+    program = fwdcompile.transform(puts, batched=True)
+    expected = program(x, v, i, tangents=dots)
+    torch.testing.assert_close(expected[0], puts(x, v, i))
+    assert "index_add(clone" in program.code
+    found = fwdcompile.transform(puts, batched=True, compile=True)(x, v, i, tangents=dots)
+    torch.testing.assert_close(found, expected)

@@ -8,6 +8,7 @@ import contest
 import jacobians
 import pytest
 import torch
+from forces import Forces
 from jacobians import CASES, JAX, OURS, WAYS
 from results import table
 from torch import nn
@@ -23,6 +24,7 @@ SMALL: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
     "perceptron": (nn.Sequential(nn.Linear(3, 8), nn.GELU(), nn.Linear(8, 4)), (1, 3)),
     "convolutions": (nn.Sequential(nn.Conv2d(1, 3, 3, padding=1), nn.GELU()), (1, 1, 3, 4)),
     "transformer": (nn.Sequential(nn.Linear(2, WIDTH), Attention(causal=False)), (1, 2, 2)),
+    "forces": (Forces(4), (3, 3)),
 }
 
 
@@ -34,6 +36,10 @@ def test_ways_agree(name: str, way: str) -> None:
     x = torch.randn(shape)
     if name == "transformer" and "torch.func.jacfwd" in way:
         with pytest.raises(NotImplementedError, match="forward AD with _scaled_dot_product"):
+            jacobians.start(way, model.requires_grad_(False), x)
+        return
+    if name == "forces" and "torch.func.jacfwd" in way:
+        with pytest.raises(RuntimeError, match="inside of a function being transformed"):
             jacobians.start(way, model.requires_grad_(False), x)
         return
     run, _ = jacobians.start(way, model.requires_grad_(False), x)
