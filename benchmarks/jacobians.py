@@ -73,7 +73,6 @@ WAYS: dict[str, Callable[[Function], Function]] = {
     "torch.func.jacfwd, compiled": lambda f: torch.compile(torch.func.jacfwd(f)),
     "torch.func.jacfwd, eager": torch.func.jacfwd,
     "torch.func.jacrev, compiled": lambda f: torch.compile(torch.func.jacrev(f)),
-    "torch.autograd, vectorized": lambda f: lambda x: jacobian(f, x, vectorize=True),
 }
 
 

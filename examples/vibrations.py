@@ -1,7 +1,7 @@
 """Vibrations of a molecule whose model takes its forces by torch.autograd.grad.
 
 The matrix of second derivatives of the energy is the Jacobian of the forces: one generated program
-gives all its columns, forward over reverse. torch.func refuses such a model. Of three atoms that
+gives all its columns, forward over reverse. torch.func.jacfwd refuses it. Of three atoms that
 are bound alike the frequencies are known: sqrt(3 k / m) where all swing outwards at once, twice
 sqrt(3 k / 2 m) where they do not, and six zeros, as nothing holds the molecule in its place.
 
