@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import torch
+from forces import RADIAL, Forces
 from jax.nn import standardize
 from torch import Tensor, nn
 from works import HEADS, Attention, Decoder, Encoder, Perceptron, Problem
@@ -130,6 +131,8 @@ def layer(module: nn.Module, names: dict[Tensor, str]) -> Apply:
             stem = m.conv1, m.bn1, m.relu, m.maxpool
             stages = m.layer1, m.layer2, m.layer3, m.layer4
             return chain(map(part, (*stem, *stages, m.avgpool, nn.Flatten(), m.fc)))
+        case Forces() as m:
+            return forces(part(m.energy))
         case Attention(causal=causal) as m:
             norm, qkv, out = part(m.norm), part(m.qkv), part(m.out)
             return lambda ps, x: x + out(ps, attend(qkv(ps, norm(ps, x)), causal))
@@ -144,6 +147,15 @@ def layer(module: nn.Module, names: dict[Tensor, str]) -> Apply:
             body = chain(map(part, (m.attention, m.perceptron, m.norm, m.head)))
             return lambda ps, x: flat(body(ps, words(ps, x) + places(ps, jnp.arange(x.shape[1]))))
     raise NotImplementedError(f"the JAX peer has no {module}")
+
+
+def forces(energy: Apply) -> Apply:
+    def potential(ps: Any, places: Any) -> Any:
+        i, j = jnp.triu_indices(len(places), 1)
+        apart = jnp.sqrt(jnp.square(places[i] - places[j]).sum(1, keepdims=True))
+        return energy(ps, jnp.exp(-((apart - jnp.arange(RADIAL) / 4) ** 2))).sum()
+
+    return lambda ps, places: -jax.grad(potential, 1)(ps, places)
 
 
 def chain(layers: Iterable[Apply]) -> Apply:

@@ -13,9 +13,10 @@ from torch._functorch import eager_transforms
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils import _pytree as pytree
 
+from .binding import state_homes
 from .errors import CaptureError
 from .hazards import here
-from .parts import aliases_of
+from .parts import aliases_of, named_state
 
 aten = torch.ops.aten
 
@@ -123,15 +124,14 @@ def _with_graph() -> Any:
 
 def _leaves(root: nn.Module, args: Any, kwargs: Any) -> dict[Any, Tensor]:
     """Parameters and buffers by name, inputs by place."""
-    state = (*root.named_parameters(), *root.named_buffers())
+    state = named_state(root, "parameter") | named_state(root, "buffer")
     inputs = enumerate(pytree.tree_leaves((args, kwargs)))
-    return {name: x for name, x in (*state, *inputs) if isinstance(x, Tensor)}
+    return state | {place: x for place, x in inputs if isinstance(x, Tensor)}
 
 
 def _tie(root: nn.Module, tied: dict[str, str]) -> None:
     """Makes those one tensor again that were: torch records an input for each name."""
+    homes = state_homes(root)
     for name, first in tied.items():
-        path, _, leaf = name.rpartition(".")
-        module = root.get_submodule(path)
-        home = module._parameters if leaf in module._parameters else module._buffers
-        home[leaf] = _leaves(root, (), {})[first]  # type: ignore[assignment]
+        (home, key), (owner, own) = homes[name], homes[first]
+        home[key] = owner[own]

@@ -44,9 +44,8 @@ def moved(x: Tensor) -> Tensor:
 
 def rows(x: Tensor) -> Tensor:
     y = x.sin().cumsum(1)[0]
-    return torch.autograd.grad(y, x, torch.eye(4).to(x), is_grads_batched=True, create_graph=True)[
-        0
-    ]
+    units = torch.eye(4).to(x)
+    return torch.autograd.grad(y, x, units, is_grads_batched=True, create_graph=True)[0]
 
 
 def written(x: Tensor) -> Tensor:
@@ -91,7 +90,7 @@ def test_tangents_are_those_of_reverse_over_reverse(name: str) -> None:
 
 
 def test_inside_torch_func_and_without_derivatives_of_torch() -> None:
-    """Where a reverse pass over it raises: a jvp of torch's, or central differences."""
+    """Central differences, as a reverse pass over it raises or is inside one of torch.func."""
     x, v = normal(3, 4), normal(3, 4, seed=1)
     inside = torch.func.grad(lambda x: slope(lambda y: y.tanh().prod(1))(x).square().sum())
     attention = slope(lambda x: F.scaled_dot_product_attention(x, x.sin(), x.cos()).pow(3))
@@ -183,7 +182,7 @@ def test_every_way_to_ask_gives_the_same(tmp_path: Path) -> None:
 
 
 def test_torch_func_raises_on_the_forces() -> None:
-    """The other way round there would be no need of a tape here."""
+    """As README and docs/derivatives.md say."""
     model, x = Potential(), normal(5, 3)
     with pytest.raises(RuntimeError, match="inside of a function being transformed"):
         torch.func.jvp(lambda x: model(x, KINDS), (x,), (x,))
