@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .directions import RankOne, dense_tensor
 from .errors import TangentError
-from .parts import Model, input_leaves, modules_of, named_state
+from .parts import Model, input_leaves, modules_of, named_state, tied_names
 from .program import OutSpec, Program, Slot, is_differentiable
 from .sizes import wider
 
@@ -45,14 +45,6 @@ def state_homes(model: Model) -> dict[str, tuple[dict[str, Any], str]]:
             for home in (owner._parameters, owner._buffers):
                 homes |= {f"{path}.{key}".lstrip("."): (home, key) for key in home}
     return homes
-
-
-def tied_names(state: Mapping[str, Tensor]) -> dict[str, str]:
-    """Each further name of a tied parameter or buffer, with the name it was first met by."""
-    first: dict[int, str] = {}
-    for name, x in state.items():
-        first.setdefault(id(x), name)
-    return {name: first[id(x)] for name, x in state.items() if first[id(x)] != name}
 
 
 def check_tangents(

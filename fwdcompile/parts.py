@@ -58,12 +58,16 @@ def named_state(model: Model, kind: str) -> dict[str, Tensor]:
 
 
 def aliases_of(model: Model) -> dict[str, str]:
+    """`tied_names` of a model's parameters and buffers."""
+    return tied_names(named_state(model, "parameter") | named_state(model, "buffer"))
+
+
+def tied_names(state: Mapping[str, Tensor]) -> dict[str, str]:
     """Each further name of a tied parameter or buffer, with the name it was first met by."""
-    state = named_state(model, "parameter") | named_state(model, "buffer")
     first: dict[int, str] = {}
-    for name, tensor in state.items():
-        first.setdefault(id(tensor), name)
-    return {name: first[id(t)] for name, t in state.items() if first[id(t)] != name}
+    for name, x in state.items():
+        first.setdefault(id(x), name)
+    return {name: first[id(x)] for name, x in state.items() if first[id(x)] != name}
 
 
 def input_leaves(

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .autocast import without_casts
-from .binding import Tangents, arrange, check_tangents, store, tied_names
+from .binding import Tangents, arrange, check_tangents, store
 from .directions import RankOne
 from .emit import UNTRACKED, execute
 from .errors import TangentError
 from .inside import is_capturing, refused
-from .parts import named_state
+from .parts import named_state, tied_names
 from .program import Kind, Slot
 
 _numbers = itertools.count()
