@@ -43,7 +43,7 @@ def state_homes(model: Model) -> dict[str, tuple[dict[str, Any], str]]:
     for root, module in modules_of(model).items():
         for path, owner in module.named_modules(prefix=root, remove_duplicate=False):
             for home in (owner._parameters, owner._buffers):
-                homes |= {f"{path}.{key}".lstrip("."): (home, key) for key in home}
+                homes |= {f"{path}.{key}".lstrip("."): (home, key) for key, _ in home.items()}
     return homes
 
 

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 from unittest import mock
 
@@ -28,7 +29,6 @@ from .hazards import (
     known_shapes,
     literals_of,
     refuse_hidden_writes,
-    refuse_scripts,
     user_source_lines,
 )
 from .inside import captured_with_inner
@@ -42,6 +42,7 @@ from .parts import (
 )
 from .program import Program, is_differentiable
 from .reverse import recorded
+from .scripts import scripts_as_modules
 from .sizes import open_first, thaw
 from .state import (
     Attributes,
@@ -105,13 +106,12 @@ def _captured(
     active: Collection[str],
 ) -> Program:
     root = Root(model)
-    refuse_scripts(root, model)
     named = input_leaves(model, args, kwargs)
     leaves, moving = _distinct(model, named, active)
     spec = pytree.tree_structure((tuple(args), dict(kwargs)))
     inputs: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_unflatten(leaves, spec)
     asking = asking_for_gradients(moving) if active else nullcontext()
-    with root.attributes.restored(), asking, kept_derivatives() as made:
+    with scripts_as_modules(root), root.attributes.restored(), asking, kept_derivatives() as made:
         exported, literals = _export(root, *inputs, dynamic)
     program = replace(adopted(exported, model, [name for name, _ in named]), literals=literals)
     refuse_constants(program, named_state(model, "parameter"), root.attributes.assigned)
@@ -130,7 +130,11 @@ class Root(nn.Module):
         for name, module in modules_of(model).items():
             self.add_module(name or ROOT, module)
         self._called = (model,)  # in a tuple, so that it is not registered a second time
-        self.attributes = Attributes(self)
+
+    @cached_property
+    def attributes(self) -> Attributes:
+        """The attributes of the modules as they are when first asked for."""
+        return Attributes(self)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the model, writes to the buffers that it assigns, registers dataclasses."""

@@ -13,7 +13,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch import fx, nn
+from torch import fx
 from torch._ops import OpOverload
 from torch.export.exported_program import ExportedProgram
 from torch.fx.proxy import TracerBase
@@ -78,16 +78,6 @@ def known_shapes() -> Iterator[None]:
             name: str = op.name()  # type: ignore[no-untyped-call]
             library._register_fake(name.removeprefix("aten::"), empty, allow_override=True)
         yield
-
-
-def refuse_scripts(root: nn.Module, model: Any) -> None:
-    """Refuses TorchScript, which torch.export cannot look into."""
-    for part in (model, *root.modules()):
-        if isinstance(part, torch.jit.ScriptModule | torch.jit.ScriptFunction):
-            raise CaptureError(
-                "The model is TorchScript, or has a part that is, and cannot be captured.\n  Give "
-                "the module or function that was scripted or traced."
-            )
 
 
 @contextmanager

@@ -117,7 +117,7 @@ class Lowering(Derived, Shown):
 
     def _state_key(self) -> Any:
         modules = modules_of(self.base).values()
-        flags = tuple(m.training for module in modules for m in module.modules())
+        flags = tuple(getattr(m, "training", None) for module in modules for m in module.modules())
         state = (t for module in modules for t in (*module.parameters(), *module.buffers()))
         return flags, tuple(map(signature_of, state)), casts()
 

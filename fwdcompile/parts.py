@@ -105,8 +105,13 @@ def _positional_names(model: Model, count: int) -> list[str]:
 
 def arguments_of(model: Model) -> inspect.Signature | None:
     """The arguments of a model; None for a builtin that does not tell them."""
+    function = model.forward if isinstance(model, nn.Module) else model
+    if schema := getattr(function, "schema", None):  # of TorchScript
+        names = [argument.name for argument in schema.arguments if argument.name != "self"]
+        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        return inspect.Signature([inspect.Parameter(name, kind) for name in names])
     try:
-        return inspect.signature(model.forward if isinstance(model, nn.Module) else model)
+        return inspect.signature(function)
     except (TypeError, ValueError):
         return None
 

@@ -157,7 +157,7 @@ class Stepper:
 
     def _plan(self, inputs: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Plan, list[Any]]:
         leaves, spec = _flatten(inputs, kwargs)
-        flags = tuple(m.training for m in self._modules)
+        flags = tuple(getattr(m, "training", None) for m in self._modules)
         key = (tuple(map(signature_of, leaves)), spec, flags, casts())
         if key not in self._plans:
             lowered = self._forward.lower(*inputs, **self._asked(), **kwargs)

@@ -213,14 +213,6 @@ def test_loops_carry_tensors() -> None:
         capture(model, (torch.ones(2),), {})
 
 
-@pytest.mark.parametrize("nested", [False, True])
-def test_torchscript_is_refused(nested: bool) -> None:
-    script = torch.jit.script(nn.Linear(2, 2))
-    model = nn.Sequential(script, nn.Tanh()) if nested else script
-    with pytest.raises(fwdcompile.CaptureError, match="(?s)TorchScript.*scripted or traced"):
-        fwdcompile.transform(model)(torch.ones(2), tangents={"input": torch.ones(2)})
-
-
 def test_branching_on_data_names_the_line(capfd: pytest.CaptureFixture[str]) -> None:
     def model(x: Tensor) -> Tensor:
         if x.sum() > 0:  # the branch
