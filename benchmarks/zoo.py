@@ -1,6 +1,6 @@
-"""Writes docs/models.md: models of torchvision and transformers, each program against an oracle.
+"""Writes docs/models.md: models of many libraries, each program against an oracle.
 
-    python benchmarks/zoo.py [--models resnet18,"gpt2 causal"] [--families language] [--minutes 60]
+    python benchmarks/zoo.py [--models resnet18,"gpt2 causal"] [--families timm] [--minutes 60]
 
 The oracle is reverse mode or torch.func.jvp. Every model runs in training and in evaluation mode,
 with a random direction in all parameters and the images, on float64 weights, or float32 for those
@@ -28,6 +28,7 @@ import zoo_transformers
 from results import RESULTS
 from zoo_models import STOPPED, build, families
 
+from fwdcompile.program import is_differentiable
 from fwdcompile.runner import environment
 
 ROOT = Path(__file__).parents[1]
@@ -45,7 +46,7 @@ def measure(name: str, training: bool) -> dict[str, Any]:
     parameters = sum(p.numel() for p in model.parameters())
     dtype = torch.float32 if parameters > HEAVY else torch.float64
     torch.manual_seed(1)
-    inputs = tuple(x.to(dtype) if x.is_floating_point() else x for x in inputs)
+    inputs = tuple(x.to(dtype) if is_differentiable(x) else x for x in inputs)
     case = Case.of(model.to(dtype).train(training), inputs)
     compared = compare(case, ("jvp",) if name in STOPPED else ("reverse", "jvp"))
     graphs = compared.lowered.stages

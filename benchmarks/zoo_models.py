@@ -1,6 +1,6 @@
 """The models of zoo.py: torchvision's, as small as they can be made, and parts of its detectors.
 
-Language models are in zoo_transformers.py.
+Language models are in zoo_transformers.py, those of other libraries in zoo_libraries.py.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import zoo_libraries
 import zoo_transformers
 from torch import Tensor, nn
 
@@ -48,6 +49,7 @@ def families() -> dict[str, tuple[str, ...]]:
         "video": tuple(VIDEO),
         "detection": tuple(PARTS),
         "language": zoo_transformers.names(),
+        **zoo_libraries.families(),
     }
 
 
@@ -57,6 +59,8 @@ def build(name: str) -> tuple[nn.Module, tuple[Any, ...]]:
         return PARTS[name]()
     if name in zoo_transformers.names():
         return zoo_transformers.build(name)
+    if any(name in names for names in zoo_libraries.families().values()):
+        return zoo_libraries.build(name)
     models = import_torchvision().models
     torch.manual_seed(0)
     if name in VIDEO:

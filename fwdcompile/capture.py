@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 from .checks import without_value_checks
 from .custom import adopt_calls, kept_derivatives
 from .decompose import decompose
-from .errors import CaptureError
+from .errors import CaptureError, DecisionError
 from .exported import ROOT, adopted
 from .flex import flex_as_ops
 from .hazards import (
@@ -32,7 +32,7 @@ from .hazards import (
     user_source_lines,
 )
 from .inside import captured_with_inner
-from .literals import known_literals
+from .literals import Fixed, known_literals
 from .parts import (
     Model,
     input_leaves,
@@ -87,7 +87,13 @@ def capture(
         active = ()
 
     def tried(active: Collection[str]) -> Program:
-        return captured_with_inner(lambda: _captured(model, args, kwargs, dynamic, active))
+        try:
+            return once(active, None)
+        except DecisionError:
+            return once(active, [])
+
+    def once(active: Collection[str], fixed: Fixed | None) -> Program:
+        return captured_with_inner(lambda: _captured(model, args, kwargs, dynamic, active, fixed))
 
     try:
         return tried(active)
@@ -104,6 +110,7 @@ def _captured(
     kwargs: Mapping[str, Any],
     dynamic: bool,
     active: Collection[str],
+    fixed: Fixed | None,
 ) -> Program:
     root = Root(model)
     named = input_leaves(model, args, kwargs)
@@ -112,8 +119,9 @@ def _captured(
     inputs: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_unflatten(leaves, spec)
     asking = asking_for_gradients(moving) if active else nullcontext()
     with scripts_as_modules(root), root.attributes.restored(), asking, kept_derivatives() as made:
-        exported, literals = _export(root, *inputs, dynamic)
-    program = replace(adopted(exported, model, [name for name, _ in named]), literals=literals)
+        exported, literals = _export(root, *inputs, dynamic, fixed)
+    program = adopted(exported, model, [name for name, _ in named])
+    program = replace(program, literals=literals, fixed=tuple(fixed or ()))
     refuse_constants(program, named_state(model, "parameter"), root.attributes.assigned)
     return adopt_calls(program, made)
 
@@ -180,7 +188,7 @@ def quiet() -> Iterator[None]:
 
 
 def _export(
-    root: Root, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: bool
+    root: Root, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: bool, fixed: Fixed | None
 ) -> tuple[ExportedProgram, frozenset[str]]:
     try:
         with ExitStack() as stack:
@@ -193,7 +201,7 @@ def _export(
             stack.enter_context(known_shapes())
             stack.enter_context(kept_random_ops())
             stack.enter_context(assignments_seen())
-            stack.enter_context(known_literals())
+            stack.enter_context(known_literals(fixed))
             shapes = open_first(args, kwargs) if dynamic else None
             with preserve_node_meta():  # the source lines in the branches of a torch.cond
                 exported = recorded(root, args, kwargs, shapes)
@@ -203,4 +211,4 @@ def _export(
     except CaptureError:
         raise
     except Exception as error:
-        raise CaptureError(explain(error)) from error
+        raise explain(error) from error

@@ -11,6 +11,10 @@ class CaptureError(FwdcompileError):
     """The model cannot be captured as a graph (data-dependent control flow, say)."""
 
 
+class DecisionError(CaptureError):
+    """The model decides in Python by the value of a tensor, which is not known."""
+
+
 class RuleError(FwdcompileError):
     """A row of the rule table is malformed, raised, or returned a tangent that cannot be right."""
 

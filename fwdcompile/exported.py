@@ -18,7 +18,7 @@ from torch.export.graph_signature import (
 from torch.utils import _pytree as pytree
 
 from .errors import CaptureError
-from .hazards import source_of
+from .hazards import source_of, user_line
 from .parts import Model, aliases_of, dotted
 from .program import OutSpec, Program, Slot, identifier, op_name, rename, value
 from .sizes import Sym
@@ -112,7 +112,7 @@ def _inputs(
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     inputs: dict[Slot, fx.Node] = {}
     for node, spec in zip(placeholders, exported.graph_signature.input_specs, strict=True):
-        slot = _input_slot(spec, names, aliases)
+        slot = _input_slot(node, spec, names, aliases)
         if not isinstance(spec.arg, ConstantArgument) and slot not in inputs:
             inputs[slot] = node
             continue
@@ -122,9 +122,16 @@ def _inputs(
     return inputs
 
 
-def _input_slot(spec: InputSpec, names: Iterator[str], aliases: dict[str, str]) -> Slot:
+def _input_slot(
+    node: fx.Node, spec: InputSpec, names: Iterator[str], aliases: dict[str, str]
+) -> Slot:
     if spec.kind not in _INPUT_KINDS:
-        raise CaptureError(f"inputs of kind {spec.kind.name} are not supported: {spec}")
+        kind = getattr(spec.arg, "class_fqn", spec.kind.name)
+        raise CaptureError(
+            f"{user_line(next(iter(node.users), node))}\n  The model uses a {kind} here, and a "
+            "program takes tensors alone.\n  Random numbers may come from the generator that "
+            "torch.manual_seed seeds."
+        )
     kind = _INPUT_KINDS[spec.kind]
     if kind == "input":
         return Slot(kind, next(names))

@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import rule
-from .errors import CaptureError
+from .errors import CaptureError, DecisionError
 from .program import is_differentiable, is_random, value
 
 aten = torch.ops.aten
@@ -93,34 +93,41 @@ def kept_random_ops() -> Iterator[None]:
         yield
 
 
-def explain(error: Exception) -> str:
+def explain(error: Exception) -> CaptureError:
     """What went wrong in capture, with the user's line in front."""
-    frame = user_frame(traceback.extract_tb(error.__traceback__))
-    where = f"{line_of(frame)}\n  " if frame else ""
     text = _first_line(str(error))
     if "data-dependent" in text.lower() or "DataDependent" in type(error).__name__:
         what, *_ = text.split(". Hint:")
-        return (
-            f"{where}The model decides in Python by the value of a tensor ({what}).\n  A program "
-            "has one path for all values: use torch.where or torch.cond, or move the decision out "
-            "of the model."
+        return DecisionError(
+            f"{_raised_at(error)}The model decides in Python by the value of a tensor ({what}): it "
+            "may by tensors that it closes over, and not by inputs.\n  A program has one path for "
+            "all values: use torch.where or torch.cond, or move the decision out of the model."
         )
+    return CaptureError(_raised_at(error) + _explained(error, text))
+
+
+def _raised_at(error: Exception) -> str:
+    frame = user_frame(traceback.extract_tb(error.__traceback__))
+    return f"{line_of(frame)}\n  " if frame else ""
+
+
+def _explained(error: Exception, text: str) -> str:
     if "FunctionalTensor on its own" in text:
         return (
-            f"{where}A branch or loop body makes a tensor from numbers (torch.tensor), which "
+            "A branch or loop body makes a tensor from numbers (torch.tensor), which "
             "torch.export cannot capture there.\n  Make it before, or with torch.full."
         )
     if "Trying to backward through fwdcompile.attached" in text:
         return (
-            f"{where}torch.autograd.grad goes through a torch.autograd.Function here, which cannot "
+            "torch.autograd.grad goes through a torch.autograd.Function here, which cannot "
             "keep its derivative there.\n  Write its forward as plain ops, or as a custom op."
         )
     if "must be tuple of ints,but got FakeTensor" in text:
         return (
-            f"{where}A size is the value of a tensor, as in a packed sequence, and a program has "
+            "A size is the value of a tensor, as in a packed sequence, and a program has "
             "one shape.\n  Leave sequences padded, and mask what is behind their ends."
         )
-    return f"{where}The model cannot be captured: {type(error).__name__}: {text}"
+    return f"The model cannot be captured: {type(error).__name__}: {text}"
 
 
 def _first_line(text: str) -> str:
@@ -155,11 +162,11 @@ def refuse_hidden_writes(exported: ExportedProgram) -> None:
     modules = [m for m in exported.graph_module.modules() if isinstance(m, fx.GraphModule)]
     for node in (node for module in modules for node in module.graph.nodes):
         if node.target is aten.detach_.default and not _is_new(node.args[0]):
-            raise _taken_off(_place(node))
+            raise _taken_off(user_line(node))
         for written in _written(node):
             detached, origin = _origin(written)
             if detached and origin.name not in buffers and is_differentiable(value(written)):
-                raise _hidden(node.target, _place(node))
+                raise _hidden(node.target, user_line(node))
 
 
 class _HiddenWrites(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -213,7 +220,8 @@ def _is_new(node: fx.Node) -> bool:
     return node.target in (aten.lift_fresh.default, aten.lift_fresh_copy.default)
 
 
-def _place(node: fx.Node) -> str:
+def user_line(node: fx.Node) -> str:
+    """The user's line that caused a node, as messages show it."""
     file, line, code = source_of(node) or ("unknown file", 0, "")
     return f"{file}:{line}: {code}"
 

@@ -2,7 +2,9 @@
 
 Torch knows the value of a tensor of one number while it captures, and of what is computed from
 such tensors alone. Here it knows those of more, so that the times of an ODE solver, the levels of a
-noise schedule or the offsets of a window can be compared, looped over and counted.
+noise schedule or the offsets of a window can be compared, looped over and counted. Where a model
+decides by tensors that it closes over, such as the graphs that nodes belong to, it knows those as
+well, and the program holds until someone writes to them.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch import SymBool, SymFloat, SymInt
+from torch import SymBool, SymFloat, SymInt, Tensor
 from torch._ops import OpOverload
 from torch._subclasses import FakeTensor, FakeTensorMode, fake_tensor
 from torch.fx.experimental import proxy_tensor
@@ -21,6 +23,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 aten = torch.ops.aten
+
+Fixed = list[tuple[Tensor, int]]
 
 LARGEST = 4096  # numbers in a tensor
 _MADE = (
@@ -30,13 +34,24 @@ _MADE = (
 
 
 @contextmanager
-def known_literals() -> Iterator[None]:
-    """Gives values to small tensors that are made of numbers, as long as a model is captured."""
+def known_literals(fixed: Fixed | None = None) -> Iterator[None]:
+    """Gives values to small tensors that are made of numbers, as long as a model is captured.
+
+    Args:
+        fixed: takes the small tensors that the model closes over, with their versions: these have
+            values, too. None where they are to have none.
+    """
     dispatch = FakeTensorMode.dispatch
+    held: dict[int, FakeTensor] = {}  # torch itself holds on to no fake of a constant
 
     def valued(
         mode: FakeTensorMode, op: OpOverload, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
+        if fixed is not None:
+            for x in tree_leaves((args, kwargs)):
+                if type(x) is Tensor and id(x) not in held and _is_fixed(x):
+                    held[id(x)] = _valued(mode, x)
+                    fixed.append((x, x._version))
         out = dispatch(mode, op, types, args, kwargs)  # type: ignore[no-untyped-call]
         if op in _MADE and isinstance(out, FakeTensor) and _is_small(out, args):
             with _disable_current_modes():
@@ -49,6 +64,19 @@ def known_literals() -> Iterator[None]:
             stack.enter_context(mock.patch.object(module, "CONSTANT_NUMEL_LIMIT", LARGEST))
         stack.enter_context(mock.patch.object(FakeTensorMode, "dispatch", valued))
         yield
+
+
+def _is_fixed(x: Tensor) -> bool:
+    versioned = not x.is_inference()
+    return versioned and not x.requires_grad and x.device.type == "cpu" and x.numel() <= LARGEST
+
+
+def _valued(mode: FakeTensorMode, x: Tensor) -> FakeTensor:
+    fake = mode.fake_tensor_converter.from_real_tensor(mode, x)
+    with _disable_current_modes():
+        fake.constant = x.clone()
+    mode.fake_tensor_converter.add_constant_storage_mapping(fake)
+    return fake
 
 
 def _is_small(x: FakeTensor, numbers: Any) -> bool:

@@ -83,11 +83,13 @@ class Lowering(Derived, Shown):
         if is_capturing():
             refuse_open_sizes((args, kwargs))
         key = (self._state_key(), request, *inputs_key(args, kwargs))
-        if key not in self._cache:
+        if key not in self._cache or self._cache[key].program.is_stale:
             if is_capturing():
                 self._ask(key, args, kwargs, request)
             served = self._served(key, args, kwargs) if self.dynamic else None
             self._cache[key] = served or self._lower(args, kwargs, request)
+        if is_capturing() and self._cache[key].program.fixed:
+            raise refused("the numbers of a tensor decide what it computes")
         self._last = self._cache[key]
         return self._last
 

@@ -67,6 +67,7 @@ class Program:
         aliases: second names of tied parameters, each with the name its value goes by.
         calls: of `torch.autograd.Function`, see `custom.py`.
         literals: names of the constants that the model itself makes of numbers.
+        fixed: tensors, with their versions, whose numbers decided what the program computes.
         sealed: why autograd cannot go through the program; empty where it can.
     """
 
@@ -79,7 +80,13 @@ class Program:
     aliases: dict[str, str] = field(default_factory=dict)
     calls: tuple[Any, ...] = ()
     literals: frozenset[str] = frozenset()
+    fixed: tuple[tuple[Tensor, int], ...] = ()
     sealed: str = ""
+
+    @property
+    def is_stale(self) -> bool:
+        """Whether someone has written to a tensor that decided."""
+        return any(x._version != version for x, version in self.fixed)
 
     def placeholders(self) -> Iterator[tuple[fx.Node, Slot]]:
         """Pairs each placeholder with its slot."""

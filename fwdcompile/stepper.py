@@ -159,7 +159,7 @@ class Stepper:
         leaves, spec = _flatten(inputs, kwargs)
         flags = tuple(getattr(m, "training", None) for m in self._modules)
         key = (tuple(map(signature_of, leaves)), spec, flags, casts())
-        if key not in self._plans:
+        if key not in self._plans or self._plans[key].lowered.program.is_stale:
             lowered = self._forward.lower(*inputs, **self._asked(), **kwargs)
             known = (plan for plan in self._plans.values() if plan.lowered is lowered)
             self._plans[key] = next(known, None) or self._planned(lowered, inputs, kwargs)

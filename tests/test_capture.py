@@ -213,6 +213,17 @@ def test_loops_carry_tensors() -> None:
         capture(model, (torch.ones(2),), {})
 
 
+def test_a_generator_is_no_input_of_a_program() -> None:
+    generator = torch.Generator()
+
+    def model(x: Tensor) -> Tensor:
+        return x * torch.rand(2, generator=generator)
+
+    message = r"(?s)test_capture.py:\d+: return x \* torch.rand.*Generator.*torch.manual_seed"
+    with pytest.raises(fwdcompile.CaptureError, match=message):
+        capture(model, (torch.ones(2),), {})
+
+
 def test_branching_on_data_names_the_line(capfd: pytest.CaptureFixture[str]) -> None:
     def model(x: Tensor) -> Tensor:
         if x.sum() > 0:  # the branch

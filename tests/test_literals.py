@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import fwdcompile
 
@@ -67,11 +67,9 @@ def values_in_a_view(x: Tensor) -> Tensor:
     return x if bool(scale.max() > 1) else -x
 
 
-TABLE = torch.arange(3.0)
 CHANGING: list[Callable[[Tensor], Tensor]] = [
     values_of_an_input,
     values_in_a_view,
-    lambda x: x if TABLE.sum() > 1 else -x,
     lambda x: x if torch.bernoulli(torch.full((3,), 0.5)).sum() > 1 else -x,
     lambda x: x if torch.zeros(3).normal_().sum() > 1 else -x,
 ]
@@ -81,6 +79,69 @@ CHANGING: list[Callable[[Tensor], Tensor]] = [
 def test_decisions_by_what_can_change_are_refused(model: Callable[[Tensor], Tensor]) -> None:
     with pytest.raises(fwdcompile.CaptureError, match="decides in Python"):
         fwdcompile.jvp(model, (X,), (X,))
+
+
+class Pooled(nn.Module):
+    """Sums over groups, whose number it reads from their names, as layers of graph networks do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.groups, self.scales = torch.tensor([0, 2]), torch.tensor([0.5, 2.0])
+
+    def forward(self, x: Tensor) -> Tensor:
+        sums = x.new_zeros(int(self.groups.max()) + 1, 3).index_add(0, self.groups, x.sin())
+        return sums * self.scales.sum() if bool((self.scales > 1).any()) else sums.cos()
+
+
+def expected(model: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    return torch.func.jvp(model, (X,), (X.cos(),))
+
+
+def test_decisions_by_tensors_that_a_model_closes_over() -> None:
+    model = Pooled()
+    fwd = fwdcompile.transform(model)
+    twice = fwdcompile.transform(fwd)
+
+    def check() -> None:
+        torch.testing.assert_close(fwd(X, tangents={"x": X.cos()}), expected(model))
+        (_, slope), (_, second) = twice(X, tangents={"x": X.cos()})
+        torch.testing.assert_close(slope, expected(model)[1])
+        wanted = torch.func.jvp(
+            lambda x: torch.func.jvp(model, (x,), (X.cos(),))[1], (X,), (X.cos(),)
+        )
+        torch.testing.assert_close(second, wanted[1])
+
+    check()
+    first = fwd.code
+    check()
+    assert fwd.code is first
+    model.groups[1] = 4
+    check()
+    assert fwd.code != first
+    model.scales.fill_(0.25)
+    check()
+
+
+def test_steps_notice_that_what_decides_has_changed() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), Pooled())
+    fgd = fwdcompile.FGD(model, lambda out, y: (out + y).square().sum(), lr=1e-3, compile=False)
+    for last in (2, 5):
+        model[1].groups[1] = last
+        wanted = (model(X.float()) + 1).square().sum()
+        torch.testing.assert_close(fgd.step(X.float(), torch.ones(())), wanted.detach())
+
+
+def test_a_transform_within_a_model_decides_by_no_tensor() -> None:
+    fwd = fwdcompile.transform(Pooled())
+    with pytest.raises(fwdcompile.CaptureError, match="the numbers of a tensor decide"):
+        fwdcompile.jvp(lambda x: fwd(x, tangents={"x": x})[1], (X,), (X,))
+
+
+def test_tensors_without_a_version_decide_nothing() -> None:
+    with torch.inference_mode():
+        scale = torch.ones(3)
+    with pytest.raises(fwdcompile.DecisionError):
+        fwdcompile.jvp(lambda x: x if scale.sum() > 1 else -x, (X,), (X,))
 
 
 def test_large_tensors_are_not_made() -> None:
