@@ -69,4 +69,7 @@ def _image_model(name: str) -> Built:
     import timm
 
     model = timm.create_model(name, num_classes=10)
-    return model, (torch.rand(2, *model.pretrained_cfg["input_size"]),)
+    images = torch.rand(2, *model.pretrained_cfg["input_size"])
+    with torch.no_grad():
+        model.eval()(images)  # some make a buffer in their first call
+    return model, (images,)

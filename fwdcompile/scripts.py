@@ -14,6 +14,9 @@ from torch import nn
 from torch.jit import ScriptModule
 from torch.jit._fuser import optimized_execution
 
+from .errors import CaptureError
+from .state import kept_attribute
+
 
 class Scripted(nn.Module):
     """Stands for a ScriptModule: its parameters and buffers, which torch.export can replace.
@@ -52,7 +55,10 @@ class Scripted(nn.Module):
         placed = [(part, name, x) for part, found in tensors for name, x in found.items()]
         for part, name, x in placed:
             part._code.setattr(name, x)
-        out = _unoptimised(self._code._get_method(method), self._code, *args, **kwargs)
+        code = self._code._get_method(method)
+        if kept := _kept(code).difference(self.state_dict(keep_vars=True)):
+            raise kept_attribute(min(kept))
+        out = _unoptimised(code, self._code, *args, **kwargs)
         for part, name, x in placed:
             if (new := part._code.getattr(name)) is not x:
                 setattr(part, name, new)
@@ -63,6 +69,20 @@ class Scripted(nn.Module):
             return super().__getattr__(name)
         except AttributeError:
             return getattr(self.script, name)
+
+
+def _kept(method: Any) -> set[str]:
+    """The tensors that a method reads and assigns, by their qualified names."""
+
+    def path(node: Any) -> str:
+        name: str = node.s("name")
+        owner = next(node.inputs()).node()
+        return f"{path(owner)}.{name}" if owner.kind() == "prim::GetAttr" else name
+
+    graph = method.inlined_graph
+    assigned = {node: list(node.inputs())[1] for node in graph.findAllNodes("prim::SetAttr")}
+    tensors = (node for node, x in assigned.items() if "Tensor" in str(x.type()))
+    return {*map(path, tensors)} & {*map(path, graph.findAllNodes("prim::GetAttr"))}
 
 
 def _unoptimised(method: Any, *args: Any, **kwargs: Any) -> Any:
@@ -92,6 +112,11 @@ def scripts_as_modules(root: nn.Module) -> Iterator[None]:
             parts = module._modules.items()
             scripts = {name: part for name, part in parts if isinstance(part, ScriptModule)}
             for script in scripts.values():
+                if script._c._get_forward_hooks() or script._c._get_forward_pre_hooks():
+                    raise CaptureError(
+                        f"The script of {script.original_name} has hooks, which capture does not "
+                        "see.\n  Make a script of a module round it, or call them in forward."
+                    )
                 known.setdefault(script, Scripted(script))
             stand_ins = {name: known[script] for name, script in scripts.items()}
             stack.enter_context(mock.patch.dict(module._modules, stand_ins))

@@ -110,10 +110,7 @@ def refuse_constants(
         constant = program.constants[slot.name]
         for name, x in assigned.items():
             if _shared(constant, x) and _geometry(constant) == _geometry(x):
-                raise CaptureError(
-                    f"The model reads its attribute {name!r} and assigns to it: it is another one "
-                    "in each call, and no buffer.\n  Make it one, by register_buffer."
-                )
+                raise kept_attribute(name)
         for name, x in parameters.items():
             if _shared(constant, x) and _moves(node):
                 raise CaptureError(
@@ -121,6 +118,14 @@ def refuse_constants(
                     "from a tuple or another object: it has no tangent there.\n  Read it from the "
                     "attribute."
                 )
+
+
+def kept_attribute(name: str) -> CaptureError:
+    """The error of a tensor that a model keeps from call to call, and that is no buffer."""
+    return CaptureError(
+        f"The model reads its attribute {name!r} and assigns to it: it is another one in each "
+        "call, and no buffer.\n  Make it one, by register_buffer."
+    )
 
 
 def _moves(start: fx.Node) -> bool:

@@ -171,6 +171,50 @@ def test_fgd_trains_scripts() -> None:
         assert torch.allclose(x, y, rtol=1e-12)
 
 
+class Keeping(nn.Module):
+    """Keeps a tensor from call to call."""
+
+    def __init__(self, buffer: bool) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 3)
+        if buffer:
+            self.register_buffer("last", torch.zeros(3))
+        else:
+            self.last = torch.zeros(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.linear(x) + self.last
+        self.last = y.mean(0)
+        return y
+
+
+@pytest.mark.parametrize(("within", "x"), [(False, "x"), (True, "input")])
+def test_tensors_that_a_script_keeps_are_buffers(within: bool, x: str) -> None:
+    def made(buffer: bool) -> nn.Module:
+        script = torch.jit.script(Keeping(buffer))
+        return nn.Sequential(script).double() if within else script.double()
+
+    assert compare(Case.of(made(buffer=True), (points(),))).is_right(torch.float64)
+    with pytest.raises(fwdcompile.CaptureError, match="reads its attribute 'last' and assigns"):
+        fwdcompile.transform(made(buffer=False)).lower(points(), tangents=[x])
+
+
+def tripled(module: nn.Module, inputs: tuple[Tensor], out: Tensor) -> Tensor:
+    return out * 3
+
+
+def test_hooks_of_a_script_are_kept_within_one_and_refused_outside() -> None:
+    linear = part().linear
+    linear.register_forward_hook(tripled)
+    for script in (torch.jit.script(linear), nn.Sequential(torch.jit.script(linear))):
+        with pytest.raises(fwdcompile.CaptureError, match="script of Linear has hooks"):
+            fwdcompile.transform(script).lower(points(), tangents=["input"])
+    whole = torch.jit.script(nn.Sequential(linear))
+    found = fwdcompile.transform(whole)(points(), tangents={"input": points()})
+    torch.testing.assert_close(found[0], 3 * F.linear(points(), linear.weight, linear.bias))
+    torch.testing.assert_close(found[1], 3 * F.linear(points(), linear.weight))
+
+
 def test_arguments_that_a_script_does_not_have_are_named() -> None:
     script = torch.jit.script(part())
     with pytest.raises(fwdcompile.CaptureError, match="forward has no arguments often"):

@@ -84,6 +84,10 @@ def test_experts_by_the_op_of_a_library() -> None:
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("name", ALL)
 def test_all_models(name: str, training: bool) -> None:
+    try:
+        zoo_models.build(name)
+    except ImportError as error:
+        pytest.skip(f"pip install -e '.[libraries]': {error}")
     assert zoo.measure(name, training)["right"]
 
 
