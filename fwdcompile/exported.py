@@ -18,7 +18,7 @@ from torch.export.graph_signature import (
 from torch.utils import _pytree as pytree
 
 from .errors import CaptureError
-from .hazards import source_of, user_line
+from .hazards import no_tensor, source_of, user_line
 from .parts import Model, aliases_of, dotted
 from .program import OutSpec, Program, Slot, identifier, op_name, rename, value
 from .sizes import Sym
@@ -127,11 +127,8 @@ def _input_slot(
 ) -> Slot:
     if spec.kind not in _INPUT_KINDS:
         kind = getattr(spec.arg, "class_fqn", spec.kind.name)
-        raise CaptureError(
-            f"{user_line(next(iter(node.users), node))}\n  The model uses a {kind} here, and a "
-            "program takes tensors alone.\n  Random numbers may come from the generator that "
-            "torch.manual_seed seeds."
-        )
+        where = user_line(next(iter(node.users), node))
+        raise CaptureError(f"{where}\n  {no_tensor(kind)}")
     kind = _INPUT_KINDS[spec.kind]
     if kind == "input":
         return Slot(kind, next(names))

@@ -127,7 +127,17 @@ def _explained(error: Exception, text: str) -> str:
             "A size is the value of a tensor, as in a packed sequence, and a program has "
             "one shape.\n  Leave sequences padded, and mask what is behind their ends."
         )
+    if (kind := "torch._C.Generator") in text:
+        return no_tensor(kind)
     return f"The model cannot be captured: {type(error).__name__}: {text}"
+
+
+def no_tensor(kind: str) -> str:
+    """Says that a program cannot have an object for an input."""
+    return (
+        f"The model uses a {kind} here, and a program takes tensors alone.\n  Random numbers may "
+        "come from the generator that torch.manual_seed seeds."
+    )
 
 
 def _first_line(text: str) -> str:
