@@ -94,7 +94,9 @@ def page(result: dict[str, Any]) -> str:
         "The generated program of each model against reverse mode: u'(Jv) = (J'u)'v for a random",
         "u and a direction v in all parameters and inputs. Outputs and buffers agree as well.",
         "Written by `make zoo`. Seconds are capture, transform, passes and printing. Models of",
-        "language are Hugging Face's, in small; most compute in float32 here and there.",
+        "language are Hugging Face's, in small; most compute in float32 here and there. Of timm",
+        "there is the smallest of each family that torchvision has not, below 90 million",
+        "parameters.",
     ]
     for family, names in families().items():
         found = {n: entries[n] for n in names if n in entries}

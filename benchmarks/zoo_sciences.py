@@ -9,6 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fwdcompile.data import import_torchvision
+
+import_torchvision()  # see there: some builds do not load without it
+
 Built = tuple[nn.Module, tuple[Any, ...]]
 Builder = Callable[[], Built]
 
@@ -107,38 +111,54 @@ def _convolution_of_points() -> Built:
     return Calls(convolution, product, weights), (torch.randn(5, 3), torch.randn(5, 4), *_pairs(5))
 
 
+def mace_potential(channels: int) -> nn.Module:
+    """A MACE potential of hydrogen and oxygen, with as many scalars and vectors an atom."""
+    _irreps()
+    import numpy as np
+    from e3nn import o3
+    from mace import modules
+
+    block = modules.interaction_classes["RealAgnosticResidualInteractionBlock"]
+    return modules.ScaleShiftMACE(
+        r_max=5.0, num_bessel=4, num_polynomial_cutoff=5, max_ell=2, interaction_cls=block,
+        interaction_cls_first=block, num_interactions=2, num_elements=2,
+        hidden_irreps=o3.Irreps(f"{channels}x0e+{channels}x1o"), MLP_irreps=o3.Irreps("4x0e"),
+        gate=functional.silu, atomic_energies=np.array([-1.0, -2.0]), avg_num_neighbors=4,
+        atomic_numbers=[1, 8], correlation=2, radial_type="bessel", atomic_inter_scale=1.0,
+        atomic_inter_shift=0.0,
+    )  # fmt: skip
+
+
+def mace_molecule(positions: Tensor, elements: Tensor) -> dict[str, Tensor]:
+    """What MACE takes: all atoms see each other, in a box of 100."""
+    count = len(positions)
+    edges = _pairs(count)
+    shifts = positions.new_zeros(edges.shape[1], 3)
+    return {
+        "positions": positions, "node_attrs": elements, "edge_index": edges, "shifts": shifts,
+        "unit_shifts": shifts, "cell": 100 * torch.eye(3).to(positions),
+        "batch": torch.zeros(count).long(), "ptr": torch.tensor([0, count]),
+        "head": torch.tensor([0]),
+    }  # fmt: skip
+
+
+def mace_elements(count: int) -> Tensor:
+    """Every other atom is an oxygen, as one-hot rows."""
+    return functional.one_hot(torch.arange(count) % 2, 2).to(torch.get_default_dtype())
+
+
 def _mace(forces: bool) -> Builder:
-    """A MACE potential of four atoms of two elements; positions and elements move."""
+    """A MACE potential of four atoms; positions and elements move."""
 
     def build() -> Built:
-        _irreps()
-        import numpy as np
-        from e3nn import o3
-        from mace import modules
+        potential = mace_potential(8)
 
-        block = modules.interaction_classes["RealAgnosticResidualInteractionBlock"]
-        potential = modules.ScaleShiftMACE(
-            r_max=5.0, num_bessel=4, num_polynomial_cutoff=5, max_ell=2, interaction_cls=block,
-            interaction_cls_first=block, num_interactions=2, num_elements=2,
-            hidden_irreps=o3.Irreps("8x0e+8x1o"), MLP_irreps=o3.Irreps("4x0e"),
-            gate=functional.silu, atomic_energies=np.array([-1.0, -2.0]), avg_num_neighbors=4,
-            atomic_numbers=[1, 8], correlation=2, radial_type="bessel",
-            atomic_inter_scale=1.0, atomic_inter_shift=0.0,
-        )  # fmt: skip
-
-        def molecule(positions: Tensor, elements: Tensor) -> Any:
-            shifts = positions.new_zeros(12, 3)
-            data = {
-                "positions": positions, "node_attrs": elements, "edge_index": _pairs(4),
-                "shifts": shifts, "unit_shifts": shifts, "cell": 100 * torch.eye(3).to(positions),
-                "batch": torch.zeros(4).long(), "ptr": torch.tensor([0, 4]),
-                "head": torch.tensor([0]),
-            }  # fmt: skip
+        def energy(positions: Tensor, elements: Tensor) -> Any:
+            data = mace_molecule(positions, elements)
             out = potential(data, training=forces, compute_force=forces)
             return (out["energy"], out["forces"]) if forces else out["energy"]
 
-        elements = functional.one_hot(torch.tensor([0, 1, 0, 1]), 2).to(torch.get_default_dtype())
-        return Calls(molecule, potential), (1.2 * torch.randn(4, 3), elements)
+        return Calls(energy, potential), (1.2 * torch.randn(4, 3), mace_elements(4))
 
     return build
 
