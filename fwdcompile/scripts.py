@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from typing import Any
 from unittest import mock
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.jit import ScriptModule
 from torch.jit._fuser import optimized_execution
+from torch.utils import _pytree as pytree
 
 from .errors import CaptureError
 from .state import kept_attribute
+
+# What TorchScript calls a change of a list or dict.
+_CHANGES = {
+    f"aten::{name}"
+    for name in (
+        "append", "clear", "Delete", "extend", "insert", "pop", "remove", "reverse", "setdefault",
+        "_set_item", "sort", "update",
+    )
+}  # fmt: skip
 
 
 class Scripted(nn.Module):
@@ -48,7 +58,7 @@ class Scripted(nn.Module):
 
     def methods(self) -> dict[str, Any]:
         """Those of the ScriptModule, by name."""
-        return {name: partial(self._run, name) for name in self._code._method_names()}
+        return {name: functools.partial(self._run, name) for name in self._code._method_names()}
 
     def _run(self, method: str, *args: Any, **kwargs: Any) -> Any:
         tensors = [(part, {**part._parameters, **part._buffers}) for part in self.parts()]
@@ -56,13 +66,29 @@ class Scripted(nn.Module):
         for part, name, x in placed:
             part._code.setattr(name, x)
         code = self._code._get_method(method)
-        if kept := _kept(code).difference(self.state_dict(keep_vars=True)):
-            raise kept_attribute(min(kept))
-        out = _unoptimised(code, self._code, *args, **kwargs)
+        with self._unchanged(_kept(code).difference(self.state_dict(keep_vars=True))):
+            out = _unoptimised(code, self._code, *args, **kwargs)
         for part, name, x in placed:
             if (new := part._code.getattr(name)) is not x:
                 setattr(part, name, new)
         return out
+
+    @contextmanager
+    def _unchanged(self, paths: set[str]) -> Iterator[None]:
+        """Refuses changes of attributes; lists and dicts are copies of the ScriptModule's."""
+        slots = [(path, *self._slot(path)) for path in paths]
+        before = [pytree.tree_map(lambda x: x, code.getattr(name)) for _, code, name in slots]
+        for (_, code, name), x in zip(slots, before, strict=True):
+            code.setattr(name, x)
+        yield
+        for (path, code, name), x in zip(slots, before, strict=True):
+            (old, was), (new, spec) = map(pytree.tree_flatten, (x, code.getattr(name)))
+            if was != spec or not all(map(_is_same, old, new)):
+                raise kept_attribute(path)
+
+    def _slot(self, path: str) -> tuple[Any, str]:
+        *owners, name = path.split(".")
+        return functools.reduce(lambda code, owner: code.getattr(owner), owners, self._code), name
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -71,18 +97,28 @@ class Scripted(nn.Module):
             return getattr(self.script, name)
 
 
+def _is_same(x: Any, y: Any) -> bool:
+    return x is y if isinstance(x, Tensor) or isinstance(y, Tensor) else bool(x == y)
+
+
 def _kept(method: Any) -> set[str]:
-    """The tensors that a method reads and assigns, by their qualified names."""
+    """What a method reads and may change: tensors, lists and dicts, by their qualified names."""
 
     def path(node: Any) -> str:
         name: str = node.s("name")
         owner = next(node.inputs()).node()
         return f"{path(owner)}.{name}" if owner.kind() == "prim::GetAttr" else name
 
+    def is_changed(read: Any) -> bool:
+        x = read.output()
+        changes = (use.user.kind() in _CHANGES and use.offset == 0 for use in x.uses())
+        return x.type().kind() in ("ListType", "DictType") and any(changes)
+
     graph = method.inlined_graph
+    reads = graph.findAllNodes("prim::GetAttr")
     assigned = {node: list(node.inputs())[1] for node in graph.findAllNodes("prim::SetAttr")}
-    tensors = (node for node, x in assigned.items() if "Tensor" in str(x.type()))
-    return {*map(path, tensors)} & {*map(path, graph.findAllNodes("prim::GetAttr"))}
+    tensors = {path(node) for node, x in assigned.items() if "Tensor" in str(x.type())}
+    return tensors & {*map(path, reads)} | {path(node) for node in reads if is_changed(node)}
 
 
 def _unoptimised(method: Any, *args: Any, **kwargs: Any) -> Any:

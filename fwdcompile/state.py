@@ -121,9 +121,9 @@ def refuse_constants(
 
 
 def kept_attribute(name: str) -> CaptureError:
-    """The error of a tensor that a model keeps from call to call, and that is no buffer."""
+    """The error of a thing that a model keeps from call to call, and that is no buffer."""
     return CaptureError(
-        f"The model reads its attribute {name!r} and assigns to it: it is another one in each "
+        f"The model reads its attribute {name!r} and changes it: it is another one in each "
         "call, and no buffer.\n  Make it one, by register_buffer."
     )
 

@@ -195,8 +195,37 @@ def test_tensors_that_a_script_keeps_are_buffers(within: bool, x: str) -> None:
         return nn.Sequential(script).double() if within else script.double()
 
     assert compare(Case.of(made(buffer=True), (points(),))).is_right(torch.float64)
-    with pytest.raises(fwdcompile.CaptureError, match="reads its attribute 'last' and assigns"):
+    with pytest.raises(fwdcompile.CaptureError, match="reads its attribute 'last' and changes"):
         fwdcompile.transform(made(buffer=False)).lower(points(), tangents=[x])
+
+
+class Listing(nn.Module):
+    """Keeps tensors in a list and a dict, which it changes if it is told to."""
+
+    def __init__(self, changes: str) -> None:
+        super().__init__()
+        self.rows, self.named, self.changes = [torch.ones(3)], {"a": torch.ones(3)}, changes
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.changes == "rows":
+            self.rows.append(x)
+        if self.changes == "named":
+            self.named["a"] = x
+        return x.sin() * self.rows[0] * self.named["a"]
+
+
+@pytest.mark.parametrize("changes", ["nothing", "rows", "named"])
+def test_lists_that_a_script_changes_are_refused_and_left(changes: str) -> None:
+    script = torch.jit.script(Listing(changes))
+    x = points().float()
+    if changes == "nothing":
+        found = fwdcompile.transform(script)(x, tangents={"x": x})
+        torch.testing.assert_close(found, (x.sin(), x * x.cos()))
+        return
+    with pytest.raises(fwdcompile.CaptureError, match=f"reads its attribute '{changes}' and chang"):
+        fwdcompile.transform(script).lower(x, tangents=["x"])
+    assert len(script.rows) == 1
+    assert torch.equal(script.named["a"], torch.ones(3))
 
 
 def tripled(module: nn.Module, inputs: tuple[Tensor], out: Tensor) -> Tensor:
