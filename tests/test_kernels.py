@@ -130,8 +130,9 @@ def test_results_are_the_same(function: Function, most: int) -> None:
     with fresh_cache():
         results, (code,) = run_and_get_code(compiled_step(step, "default", False, CPU), x, mine)
     expected = step(x, theirs)
+    digits = {"rtol": 1e-5, "atol": 1e-6} if function is _narrower else {}
     for result, other in zip((*results, mine), (*expected, theirs), strict=True):
-        torch.testing.assert_close(result, other)
+        torch.testing.assert_close(result, other, **digits)
     assert buffers_of(code)[f"{rows}, {WIDE}"] <= most
 
 
