@@ -6,10 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
-
-from fwdcompile.data import import_torchvision
-
-import_torchvision()  # see there: some builds do not load without it
+from zoo_sciences import Built
 
 WIDTHS = (8, 16)
 UNET: dict[str, Any] = {
@@ -184,11 +181,10 @@ class First(nn.Module):
         return self.model(*args, return_dict=False)
 
 
-def build(name: str) -> tuple[nn.Module, tuple[Any, ...]]:
+def build(name: str) -> Built:
     """A model with random weights, and its inputs."""
     import diffusers
 
     settings, inputs = DIFFUSION[name]
-    torch.manual_seed(0)
     model = getattr(diffusers, name)(**settings)
     return First(model), tuple(torch.randn(x) if isinstance(x, tuple) else x for x in inputs)

@@ -5,16 +5,12 @@ pip install -e '.[libraries]'
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import zoo_diffusion
 import zoo_sciences
-from torch import nn
+from zoo_sciences import Built
 
 from fwdcompile.data import import_torchvision
-
-Built = tuple[nn.Module, tuple[Any, ...]]
 
 # One of each of timm's families that torchvision has not, the smallest; those above 90 million
 # parameters or 400 by 400 pixels are left out.
@@ -55,6 +51,7 @@ def build(name: str) -> Built:
     Raises:
         ImportError: the library is not installed.
     """
+    import_torchvision()  # see there: most of them do not load without it
     library, _, rest = name.partition(" ")
     torch.manual_seed(0)
     if library == "timm":
@@ -65,7 +62,6 @@ def build(name: str) -> Built:
 
 
 def _image_model(name: str) -> Built:
-    import_torchvision()  # see there: timm does not load without it
     import timm
 
     model = timm.create_model(name, num_classes=10)

@@ -12,6 +12,7 @@ import torch
 import zoo_libraries
 import zoo_transformers
 from torch import Tensor, nn
+from zoo_sciences import Calls
 
 from fwdcompile.data import import_torchvision
 
@@ -89,18 +90,6 @@ def _detector(part: Callable[[Any, Any], tuple[nn.Module, tuple[Any, ...]]]) -> 
     return made
 
 
-class Named(nn.Module):
-    """A function of tensors, or a module that takes them in a dict of feature maps."""
-
-    def __init__(self, function: Any, parts: nn.Module | None = None) -> None:
-        super().__init__()
-        self.function, self.parts = function, parts
-
-    def forward(self, *xs: Tensor) -> Any:
-        """Calls the function."""
-        return self.function(*xs)
-
-
 def _boxes(count: int) -> Tensor:
     corner = torch.rand(count, 2)
     return torch.cat([corner, corner + 0.1 + torch.rand(count, 2)], 1)
@@ -111,7 +100,7 @@ def _maps(channels: int = 16) -> tuple[Tensor, Tensor]:
 
 
 def _listed(module: nn.Module) -> nn.Module:
-    return Named(lambda *xs: module(list(xs)), module)
+    return Calls(lambda *xs: module(list(xs)), module)
 
 
 PARTS: dict[str, Callable[[], tuple[nn.Module, tuple[Any, ...]]]] = {
@@ -170,14 +159,14 @@ PARTS: dict[str, Callable[[], tuple[nn.Module, tuple[Any, ...]]]] = {
     ),
     "sigmoid_focal_loss": _detector(
         lambda d, v: (
-            Named(lambda x, y: v.ops.sigmoid_focal_loss(x, y, reduction="mean")),
+            Calls(lambda x, y: v.ops.sigmoid_focal_loss(x, y, reduction="mean")),
             (torch.randn(6, 4), torch.rand(6, 4)),
         )
     ),
     **{
         f"{kind}_box_iou_loss": _detector(
             lambda d, v, kind=kind: (
-                Named(lambda x, y: getattr(v.ops, f"{kind}_box_iou_loss")(x, y, reduction="mean")),
+                Calls(lambda x, y: getattr(v.ops, f"{kind}_box_iou_loss")(x, y, reduction="mean")),
                 (_boxes(6), _boxes(6)),
             )
         )

@@ -9,12 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fwdcompile.data import import_torchvision
-
-import_torchvision()  # see there: some builds do not load without it
-
 Built = tuple[nn.Module, tuple[Any, ...]]
 Builder = Callable[[], Built]
+
+IRREPS = "4x0e+3x1o+2x2e"
 
 
 class Calls(nn.Module):
@@ -60,49 +58,44 @@ def _graph_network() -> Built:
     return Calls(network, first, norm, second, head), inputs
 
 
-def _irreps() -> Any:
-    torch.serialization.add_safe_globals([slice])  # older versions of e3nn load one
-    from e3nn import o3
+def _e3nn() -> Any:
+    torch.serialization.add_safe_globals([slice])  # older versions load one
+    import e3nn.math
+    import e3nn.nn
+    import e3nn.o3
 
-    return o3.Irreps("4x0e+3x1o+2x2e")
+    return e3nn
 
 
 def _equivariant_linear() -> Built:
-    irreps = _irreps()
-    from e3nn import o3
-
+    o3 = _e3nn().o3
+    irreps = o3.Irreps(IRREPS)
     return o3.Linear(irreps, irreps), (irreps.randn(5, -1),)
 
 
 def _tensor_product() -> Built:
-    irreps = _irreps()
-    from e3nn import o3
-
+    o3 = _e3nn().o3
+    irreps = o3.Irreps(IRREPS)
     product = o3.FullyConnectedTensorProduct(irreps, "1x0e+1x1o", irreps)
     return product, (irreps.randn(5, -1), torch.randn(5, 4))
 
 
 def _gate() -> Built:
-    _irreps()
-    from e3nn import nn as enn
-
-    gate = enn.Gate("4x0e", [torch.tanh], "3x0e", [torch.sigmoid], "3x1o")
+    gate = _e3nn().nn.Gate("4x0e", [torch.tanh], "3x0e", [torch.sigmoid], "3x1o")
     return gate, (gate.irreps_in.randn(5, -1),)
 
 
 def _convolution_of_points() -> Built:
-    _irreps()
-    from e3nn import math, o3
-    from e3nn import nn as enn
-
+    e3nn = _e3nn()
+    o3 = e3nn.o3
     harmonics = o3.Irreps.spherical_harmonics(2)
     product = o3.FullyConnectedTensorProduct("4x0e", harmonics, "4x0e+2x1o", shared_weights=False)
-    weights = enn.FullyConnectedNet([8, 16, product.weight_numel], torch.relu)
+    weights = e3nn.nn.FullyConnectedNet([8, 16, product.weight_numel], torch.relu)
 
     def convolution(points: Tensor, x: Tensor, source: Tensor, target: Tensor) -> Tensor:
         apart = points[source] - points[target]
         along = o3.spherical_harmonics(harmonics, apart, True, normalization="component")
-        near = math.soft_one_hot_linspace(
+        near = e3nn.math.soft_one_hot_linspace(
             apart.norm(dim=1), 0.0, 3.0, 8, basis="smooth_finite", cutoff=True
         )
         messages = product(x[source], along, weights(near))
@@ -111,25 +104,24 @@ def _convolution_of_points() -> Built:
     return Calls(convolution, product, weights), (torch.randn(5, 3), torch.randn(5, 4), *_pairs(5))
 
 
-def mace_potential(channels: int) -> nn.Module:
-    """A MACE potential of hydrogen and oxygen, with as many scalars and vectors an atom."""
-    _irreps()
+def _potential() -> nn.Module:
+    """A MACE potential of hydrogen and oxygen."""
+    o3 = _e3nn().o3
     import numpy as np
-    from e3nn import o3
     from mace import modules
 
     block = modules.interaction_classes["RealAgnosticResidualInteractionBlock"]
     return modules.ScaleShiftMACE(
         r_max=5.0, num_bessel=4, num_polynomial_cutoff=5, max_ell=2, interaction_cls=block,
         interaction_cls_first=block, num_interactions=2, num_elements=2,
-        hidden_irreps=o3.Irreps(f"{channels}x0e+{channels}x1o"), MLP_irreps=o3.Irreps("4x0e"),
+        hidden_irreps=o3.Irreps("8x0e+8x1o"), MLP_irreps=o3.Irreps("4x0e"),
         gate=functional.silu, atomic_energies=np.array([-1.0, -2.0]), avg_num_neighbors=4,
         atomic_numbers=[1, 8], correlation=2, radial_type="bessel", atomic_inter_scale=1.0,
         atomic_inter_shift=0.0,
     )  # fmt: skip
 
 
-def mace_molecule(positions: Tensor, elements: Tensor) -> dict[str, Tensor]:
+def _molecule(positions: Tensor, elements: Tensor) -> dict[str, Tensor]:
     """What MACE takes: all atoms see each other, in a box of 100."""
     count = len(positions)
     edges = _pairs(count)
@@ -142,23 +134,19 @@ def mace_molecule(positions: Tensor, elements: Tensor) -> dict[str, Tensor]:
     }  # fmt: skip
 
 
-def mace_elements(count: int) -> Tensor:
-    """Every other atom is an oxygen, as one-hot rows."""
-    return functional.one_hot(torch.arange(count) % 2, 2).to(torch.get_default_dtype())
-
-
 def _mace(forces: bool) -> Builder:
     """A MACE potential of four atoms; positions and elements move."""
 
     def build() -> Built:
-        potential = mace_potential(8)
+        potential = _potential()
 
         def energy(positions: Tensor, elements: Tensor) -> Any:
-            data = mace_molecule(positions, elements)
+            data = _molecule(positions, elements)
             out = potential(data, training=forces, compute_force=forces)
             return (out["energy"], out["forces"]) if forces else out["energy"]
 
-        return Calls(energy, potential), (1.2 * torch.randn(4, 3), mace_elements(4))
+        elements = functional.one_hot(torch.arange(4) % 2, 2).to(torch.get_default_dtype())
+        return Calls(energy, potential), (1.2 * torch.randn(4, 3), elements)
 
     return build
 

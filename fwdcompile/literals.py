@@ -9,7 +9,7 @@ well, and the program holds until someone writes to them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
@@ -50,13 +50,12 @@ def known_literals(fixed: Fixed | None = None) -> Iterator[None]:
         if fixed is not None:
             for x in tree_leaves((args, kwargs)):
                 if type(x) is Tensor and id(x) not in held and _is_fixed(x):
-                    held[id(x)] = _valued(mode, x)
+                    held[id(x)] = mode.fake_tensor_converter.from_real_tensor(mode, x)
+                    _give(mode, held[id(x)], x.clone)
                     fixed.append((x, x._version))
         out = dispatch(mode, op, types, args, kwargs)  # type: ignore[no-untyped-call]
         if op in _MADE and isinstance(out, FakeTensor) and _is_small(out, args):
-            with _disable_current_modes():
-                out.constant = op(*args, **(kwargs or {}))
-            mode.fake_tensor_converter.add_constant_storage_mapping(out)
+            _give(mode, out, lambda: op(*args, **(kwargs or {})))
         return out
 
     with ExitStack() as stack:
@@ -71,12 +70,10 @@ def _is_fixed(x: Tensor) -> bool:
     return versioned and not x.requires_grad and x.device.type == "cpu" and x.numel() <= LARGEST
 
 
-def _valued(mode: FakeTensorMode, x: Tensor) -> FakeTensor:
-    fake = mode.fake_tensor_converter.from_real_tensor(mode, x)
+def _give(mode: FakeTensorMode, fake: FakeTensor, value: Callable[[], Tensor]) -> None:
     with _disable_current_modes():
-        fake.constant = x.clone()
+        fake.constant = value()
     mode.fake_tensor_converter.add_constant_storage_mapping(fake)
-    return fake
 
 
 def _is_small(x: FakeTensor, numbers: Any) -> bool:
