@@ -113,6 +113,7 @@ class Lowering(Derived, Shown):
         values, _ = call_values(self.base, args, kwargs)
         for (state, request, leaves, spec), lowered in self._cache.items():
             alike = (state, request, spec) == (key[0], key[1], key[3])
+            alike = alike and not lowered.program.is_stale
             if alike and fixed(leaves) == fixed(key[2]) and serves(lowered.program, values):
                 return lowered
         return None

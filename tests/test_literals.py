@@ -122,6 +122,17 @@ def test_decisions_by_tensors_that_a_model_closes_over() -> None:
     check()
 
 
+def test_programs_for_all_sizes_notice_that_what_decides_has_changed() -> None:
+    scale = torch.tensor([1, 1])
+    fwd = fwdcompile.transform(lambda x: x.sin() * int(scale.sum()), dynamic=True)
+    for rows in (2, 3, 4):
+        x = torch.ones(rows, 2)
+        for last in (1, 5):
+            scale[0] = last
+            _, x_dot = fwd(x, tangents={"x": x})
+            torch.testing.assert_close(x_dot, x.cos() * int(scale.sum()))
+
+
 def test_steps_notice_that_what_decides_has_changed() -> None:
     model = nn.Sequential(nn.Linear(3, 3), Pooled())
     fgd = fwdcompile.FGD(model, lambda out, y: (out + y).square().sum(), lr=1e-3, compile=False)
