@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +16,6 @@ from programs import LEAST_STEPS, programs
 from torch import Tensor
 
 import fwdcompile
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _rare_collections() -> Iterator[None]:
-    """A capture makes many objects: looking for dead ones less often saves a third of the time."""
-    usual = gc.get_threshold()
-    gc.freeze()
-    gc.set_threshold(100_000, 20, 20)
-    yield
-    gc.set_threshold(*usual)
-    gc.unfreeze()
 
 
 def like_torch(program: Program) -> None:

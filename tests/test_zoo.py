@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 import zoo
@@ -17,24 +15,23 @@ import fwdcompile
 from fwdcompile.data import import_torchvision
 from fwdcompile.objective import Objective
 
-SIZES = {"vit_b_16": 224}
-SETTINGS: dict[str, dict[str, Any]] = {"vit_b_16": {"image_size": 224}}
+SETTINGS = {"vit_b_16": {"image_size": 64}}
 MODELS = [
     "resnet18",
     "mobilenet_v3_small",
     "swin_t",
     "convnext_tiny",
     "efficientnet_b0",
-    "densenet121",
     "vit_b_16",
 ]
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_model(name: str) -> None:
-    model: nn.Module = getattr(import_torchvision().models, name)(num_classes=10).double()
-    size = SIZES.get(name, 64)
-    x, y = torch.randn(2, 3, size, size, dtype=torch.float64), torch.tensor([1, 2])
+    model: nn.Module = getattr(import_torchvision().models, name)(
+        num_classes=10, **SETTINGS.get(name, {})
+    ).double()
+    x, y = torch.randn(2, 3, 64, 64, dtype=torch.float64), torch.tensor([1, 2])
     dots = directions(dict(model.named_parameters()))
     before = {n: b.clone() for n, b in model.named_buffers()}
 
