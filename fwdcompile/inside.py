@@ -8,13 +8,16 @@ the inner program is made, and the outer capture begins anew.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import SymInt, Tensor
+from torch._C._functorch import peek_interpreter_stack
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.utils import _pytree as pytree
 
 from .errors import CaptureError
@@ -65,7 +68,29 @@ def refuse_open_sizes(inputs: Any) -> None:
 def ask_for(make: Callable[..., object], args: Any, kwargs: Any) -> NoReturn:
     """Ends the capture that runs, to make a program for inputs like these first."""
     inputs = pytree.tree_map_only(Tensor, _Like.of, (args, kwargs))
-    raise _Wanted(lambda: make(*pytree.tree_map_only(_Like, _Like.empty, inputs)))
+    raise _Wanted(lambda: make(*_empty(inputs)))
+
+
+@contextmanager
+def outside_of_torch_func(inputs: Any) -> Iterator[Any]:
+    """Lets a capture that torch.func.grad, vmap and their like call run as if they did not.
+
+    Args:
+        inputs: pytrees of the tensors of a call, which may be wrapped.
+
+    Yields:
+        Inputs as the innermost transform sees them: of no values, where there is a transform.
+    """
+    if peek_interpreter_stack() is None:
+        yield inputs
+        return
+    likes = pytree.tree_map_only(Tensor, _Like.of, inputs)
+    with temporarily_clear_interpreter_stack():
+        yield _empty(likes)
+
+
+def _empty(likes: Any) -> Any:
+    return pytree.tree_map_only(_Like, _Like.empty, likes)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,13 @@ from .calls import settle
 from .capture import capture
 from .custom import FUNCTION, dissolve
 from .errors import TangentError
-from .inside import ask_for, is_capturing, refuse_open_sizes, refused
+from .inside import (
+    ask_for,
+    is_capturing,
+    outside_of_torch_func,
+    refuse_open_sizes,
+    refused,
+)
 from .lowered import Function, Lowered, Shown, generate
 from .nesting import as_primal, tie
 from .parts import Derived, Model, modules_of
@@ -26,6 +32,7 @@ from .request import Request, fixed, inputs_key, suffix
 from .simplify import PASSES, detach_tangents, simplify
 from .sizes import serves
 from .transform import transform
+from .watch import Watch
 
 
 class Lowering(Derived, Shown):
@@ -75,6 +82,7 @@ class Lowering(Derived, Shown):
         self.passes = tuple(passes)
         self.batched: bool = batched
         self.dynamic: bool = model.dynamic if isinstance(model, Lowering) else dynamic
+        self.watch = Watch(self.base)
         self._cache: dict[Any, Lowered] = {}
         self._asked: set[Any] = set()
         self._last = None
@@ -88,6 +96,7 @@ class Lowering(Derived, Shown):
                 self._ask(key, args, kwargs, request)
             served = self._served(key, args, kwargs) if self.dynamic else None
             self._cache[key] = served or self._lower(args, kwargs, request)
+            self.watch.accept()
         if is_capturing() and self._cache[key].program.fixed:
             raise refused("the numbers of a tensor decide what it computes")
         self._last = self._cache[key]
@@ -120,11 +129,15 @@ class Lowering(Derived, Shown):
 
     def _state_key(self) -> Any:
         modules = modules_of(self.base).values()
-        flags = tuple(getattr(m, "training", None) for module in modules for m in module.modules())
         state = (t for module in modules for t in (*module.parameters(), *module.buffers()))
-        return flags, tuple(map(signature_of, state)), casts()
+        return self.watch.version(), tuple(map(signature_of, state)), casts()
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _lower(self, args: Sequence[Any], kwargs: Mapping[str, Any], request: Request) -> Lowered:
+        with outside_of_torch_func((args, kwargs)) as (args, kwargs):
+            return self._made(args, kwargs, request)
+
+    def _made(self, args: Sequence[Any], kwargs: Mapping[str, Any], request: Request) -> Lowered:
         captured = self._captured(args, kwargs, request)
         with without_casts():
             transformed = self._transformed(captured, request)

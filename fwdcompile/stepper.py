@@ -97,7 +97,6 @@ class Stepper:
         self.iteration = 0
         self._compile, self._mode = compile, mode
         self._forward = StepForward(self.objective, dynamic=dynamic)
-        self._modules = [m for root in modules_of(self.objective).values() for m in root.modules()]
         self._plans: dict[Any, Plan] = {}
         trained = self._parameters()
         if not trained:
@@ -157,8 +156,8 @@ class Stepper:
 
     def _plan(self, inputs: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Plan, list[Any]]:
         leaves, spec = _flatten(inputs, kwargs)
-        flags = tuple(getattr(m, "training", None) for m in self._modules)
-        key = (tuple(map(signature_of, leaves)), spec, flags, casts())
+        watch = self._forward.watch
+        key = (tuple(map(signature_of, leaves)), spec, watch.version(), watch.trained(), casts())
         if key not in self._plans or self._plans[key].lowered.program.is_stale:
             lowered = self._forward.lower(*inputs, **self._asked(), **kwargs)
             known = (plan for plan in self._plans.values() if plan.lowered is lowered)

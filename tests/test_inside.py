@@ -224,3 +224,31 @@ def test_errors_of_the_inner_program_are_those_of_its_model() -> None:
 
     with pytest.raises(CaptureError, match="decides in Python by the value of a tensor"):
         fwdcompile.transform(model)(torch.ones(3), tangents={"x": torch.ones(3)})
+
+
+TORCH_FUNC: dict[str, Callable[[Callable[..., Any], Tensor], Any]] = {
+    "grad": lambda f, x: torch.func.grad(lambda z: f(z).sum())(x),
+    "vjp": lambda f, x: torch.func.vjp(f, x)[1](torch.ones_like(x))[0],
+    "jvp": lambda f, x: torch.func.jvp(f, (x,), (x,))[1],
+    "jacrev": lambda f, x: torch.func.jacrev(f)(x),
+    "hessian": lambda f, x: torch.func.hessian(f)(x),
+    "vmap": lambda f, x: torch.func.vmap(f)(x),
+    "vmap of grad": lambda f, x: torch.func.vmap(torch.func.grad(lambda z: f(z).sum()))(x),
+}
+
+
+@pytest.mark.parametrize("name", TORCH_FUNC)
+def test_a_first_call_may_be_inside_of_torch_func(name: str) -> None:
+    x = torch.linspace(-1, 1, 6, dtype=torch.float64).view(2, 3)
+    fwd = fwdcompile.transform(lambda z: z.sin().square())
+    found = TORCH_FUNC[name](lambda z: fwd(z, tangents={"z": torch.ones_like(z)})[1], x)
+    expected = TORCH_FUNC[name](lambda z: 2 * z.sin() * z.cos(), x)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.compiled
+def test_a_first_call_may_be_inside_of_torch_compile() -> None:
+    x = torch.linspace(-1, 1, 6, dtype=torch.float64)
+    fwd = fwdcompile.transform(torch.nn.Sequential(torch.nn.Tanh()), tracks_grad=False)
+    found = torch.compile(lambda z: fwd(z, tangents={"input": z})[1].sum(), backend="eager")(x)
+    torch.testing.assert_close(found, (x * (1 - x.tanh() ** 2)).sum(), rtol=1e-12, atol=1e-12)

@@ -1,0 +1,126 @@
+"""Watch: what Python tells a model besides its parameters and buffers.
+
+A program has the numbers, flags and functions of its model written into it. They are looked at
+before each call; where one is another, the model is captured anew.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from enum import Enum
+from operator import is_
+from typing import Any
+
+import torch
+from torch import nn
+
+from .parts import Model
+from .scripts import Scripted
+from .views import View, is_viewed_as_items, views_of
+
+_PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, Enum)
+_MANY = 16  # programs of which one may not know
+
+
+class Watch:
+    """Tells apart what a model is, by all that its Python code can read of it.
+
+    Args:
+        model: a module, a function or another object that is called.
+    """
+
+    def __init__(self, model: Model) -> None:
+        self._model = model
+        self._views: list[View] = []
+        self._modules: list[nn.Module] = []
+        self._seen: list[Any] = []
+        self._sizes: list[int] = []
+        self._tokens: list[Any] = []
+        self._versions: dict[tuple[Any, ...], int] = {}
+        self._version = -1
+
+    def version(self) -> int:
+        """The number of what the model is now: what it was before has the number of then."""
+        if self._version < 0 or self._is_another():
+            self._number()
+        return self._version
+
+    def accept(self) -> None:
+        """Takes what is seen now for the version that was captured: capture itself has run code."""
+        if self._is_another():
+            self._see()
+            self._versions[tuple(self._tokens)] = self._version
+
+    def trained(self) -> tuple[bool, ...]:
+        """Which parameters of the modules last seen require gradients."""
+        homes = (module._parameters.values() for module in self._modules)
+        return tuple(p.requires_grad for home in homes for p in home if p is not None)
+
+    def _is_another(self) -> bool:
+        seen, sizes = self._look()
+        same = len(seen) == len(self._seen) and sizes == self._sizes
+        return not (same and all(map(is_, seen, self._seen)))
+
+    def _look(self) -> tuple[list[Any], list[int]]:
+        seen: list[Any] = []
+        try:
+            for view in self._views:
+                seen += view.look()
+        except (KeyError, AttributeError):  # something is not there any more
+            return [], []
+        return seen, [len(view.space) for view in self._views]
+
+    def _see(self) -> None:
+        self._views = views_of(self._model)
+        self._modules = [v.thing for v in self._views if isinstance(v.thing, nn.Module)]
+        self._seen, self._sizes = self._look()
+        self._tokens = [*map(_token, self._seen)]
+
+    def _number(self) -> None:
+        before = self._tokens
+        self._see()
+        many = len(self._versions) >= _MANY
+        self._version = self._versions.setdefault(tuple(self._tokens), len(self._versions))
+        if len(self._versions) == _MANY and not many:
+            warnings.warn(
+                f"{_MANY} programs have been captured, one for each state of the model; last "
+                f"{self._changed(before)} changed. Make it a buffer, or an input.",
+                stacklevel=2,
+            )
+
+    def _changed(self, before: list[Any]) -> str:
+        """What the first token that is another one is called."""
+        labels = (label for view in self._views for label in view.labels())
+        pairs = zip(labels, self._tokens, before, strict=False)
+        return next((label for label, new, old in pairs if new != old), "what it consists of")
+
+
+class _Same:
+    """An object by its identity, kept alive only where there is no other way."""
+
+    def __init__(self, thing: Any) -> None:
+        self._id = id(thing)
+        self._thing: Any = lambda: thing
+        try:
+            self._thing = weakref.ref(thing)
+        except TypeError:
+            self._thing = lambda: thing
+
+    def __hash__(self) -> int:
+        return self._id
+
+    def __eq__(self, other: object) -> bool:
+        if self is other:
+            return True
+        thing = self._thing()
+        return isinstance(other, _Same) and thing is not None and thing is other._thing()
+
+
+def _token(thing: Any) -> Any:
+    """What is equal for things of which a program is the same; containers are looked into."""
+    if isinstance(thing, _PLAIN):
+        return type(thing), repr(thing)
+    if isinstance(thing, Scripted):
+        return _Same(thing.script)
+    return type(thing) if is_viewed_as_items(thing) else _Same(thing)

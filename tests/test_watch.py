@@ -1,0 +1,218 @@
+"""What Python tells a model is looked at before each call: no program is one of another model."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import fwdcompile
+from fwdcompile.watch import Watch
+
+close = functools.partial(torch.testing.assert_close, rtol=1e-12, atol=1e-12)
+
+X = torch.linspace(-1, 1, 12, dtype=torch.float64).view(4, 3)
+SCALE: Any = 2.0
+
+
+class Net(nn.Module):
+    """Reads all that a module can have besides tensors."""
+
+    bias: float = 0.5
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 3).double()
+        self.act: nn.Module = nn.Tanh()
+        self.drop = nn.Dropout(0.0)
+        self.k = 2.0
+        self.others = [nn.Dropout(0.0)]  # no submodule
+        self.config = SimpleNamespace(power=1, unread=3)
+        self.unread = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.others[0](self.scaled(self.drop(self.act(self.linear(x))))) + self.bias
+
+    def scaled(self, x: Tensor) -> Tensor:
+        return self.k * SCALE * x**self.config.power
+
+
+def changed_globally(_: Net) -> None:
+    global SCALE
+    SCALE = 5.0
+
+
+CHANGES: dict[str, Callable[[Net], Any]] = {
+    "submodule": lambda net: setattr(net, "act", nn.ReLU()),
+    "submodule with parameters": lambda net: setattr(net, "linear", nn.Linear(3, 3).double()),
+    "attribute": lambda net: setattr(net, "k", 3.0),
+    "attribute of another type": lambda net: setattr(net, "k", torch.tensor(3.0)),
+    "attribute of torch's": lambda net: setattr(net.drop, "p", 1.0),
+    "attribute of the class": lambda net: setattr(Net, "bias", 1.5),
+    "attribute in a config": lambda net: setattr(net.config, "power", 3),
+    "attribute over the class's": lambda net: setattr(net, "bias", 2.5),
+    "global": changed_globally,
+    "hook": lambda net: net.linear.register_forward_hook(lambda m, args, out: 0 * out),
+    "hook before": lambda net: net.act.register_forward_pre_hook(lambda m, args: (2 * args[0],)),
+    "module in a list": lambda net: setattr(net.others[0], "p", 1.0),
+    "method": lambda net: setattr(net, "scaled", lambda x: 7 * x),
+    "forward": lambda net: setattr(net.act, "forward", torch.sin),
+    "class": lambda net: setattr(net.act, "__class__", nn.Sigmoid),
+}
+
+
+@pytest.fixture(autouse=True)
+def _as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Net, "bias", 0.5)
+    monkeypatch.setitem(globals(), "SCALE", 2.0)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_program_follows_its_model(change: str) -> None:
+    net = Net()
+    fwd = fwdcompile.transform(net)
+    fgd = fwdcompile.FGD(net, F.mse_loss, lr=1e-12, compile=False)
+    outs = []
+    for _ in range(2):
+        y, y_dot = fwd(X, tangents={"x": X})
+        expected = torch.func.jvp(net, (X,), (X,))
+        close(y, expected[0])
+        close(y_dot, expected[1])
+        loss = F.mse_loss(net(X), X)
+        close(fgd.step(X, X), loss)
+        outs.append(y)
+        CHANGES[change](net)
+    assert not torch.equal(*outs)
+
+
+def test_what_was_before_has_its_program_again() -> None:
+    net = Net()
+    watch = Watch(net)
+    first = watch.version()
+    net.eval()
+    net.k = 3.0
+    assert watch.version() != first
+    net.train()
+    net.k = 2.0
+    assert watch.version() == first
+
+
+def test_what_no_code_reads_makes_no_program() -> None:
+    net = Net()
+    watch = Watch(net)
+    first = watch.version()
+    net.unread, net.config.unread, net.new = 1, 2, 3
+    assert watch.version() == first
+
+
+def test_what_capture_itself_changes_makes_no_program() -> None:
+    seen: list[Tensor] = []
+
+    def function(x: Tensor) -> Tensor:
+        seen.append(x)
+        return x.sin()
+
+    fwd = fwdcompile.transform(function)
+    for _ in range(3):
+        fwd(X, tangents={"x": X})
+    assert len(seen) == 1
+
+
+@dataclass
+class Called:
+    """A callable object, which has no hash."""
+
+    net: nn.Module
+    scale: float = 2.0
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.scale * self.net(x)
+
+
+def scaled(x: Tensor, net: nn.Module, scale: float) -> Tensor:
+    return scale * net(x)
+
+
+def test_objects_that_are_called_and_methods_are_followed() -> None:
+    called = Called(nn.Dropout(0.5))
+    for model in (called, called.__call__, functools.partial(called)):
+        fwd = fwdcompile.transform(model)
+        for called.scale in (2.0, 3.0):
+            for called.net.training in (True, False):
+                y, y_dot = fwd(X, tangents={"x": torch.ones_like(X)})
+                assert bool((y_dot == 0).any()) == called.net.training
+                if not called.net.training:
+                    close(y, called.scale * X)
+
+
+def test_a_loop_over_batches_and_settings_of_one_function() -> None:
+    weight = torch.ones(3, dtype=torch.float64)
+    scale = 1.0
+    batch, options = X, {"power": 2}
+
+    def loss(w: Tensor) -> Tensor:
+        return (scale * (batch @ w) ** options["power"]).mean()
+
+    for number in range(4):
+        batch = X + number
+        scale, options["power"] = 1.0 + number, 2 + number
+        y, y_dot = fwdcompile.jvp(loss, (weight,), (weight,))
+        expected = torch.func.jvp(loss, (weight,), (weight,))
+        close(y, expected[0])
+        close(y_dot, expected[1])
+
+
+def test_layers_are_frozen_and_thawed_between_steps() -> None:
+    net = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 1)).double()
+    fgd = fwdcompile.FGD(net, lambda y, _: y.square().mean(), lr=0.1, compile=False)
+    grad = fwdcompile.ForwardGradient(net, lambda y, _: y.square().mean(), compile=False)
+    for frozen in (False, True, False):
+        net[0].requires_grad_(not frozen)
+        before = [p.clone() for p in net.parameters()]
+        fgd.step(X, X)
+        moved = [not torch.equal(p, old) for p, old in zip(net.parameters(), before, strict=True)]
+        assert moved == [not frozen] * 2 + [True] * 2
+        net.zero_grad()
+        grad(X, X)
+        assert [p.grad is not None for p in net.parameters()] == moved
+
+
+def test_a_layer_put_in_the_place_of_another_learns() -> None:
+    net = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 1)).double()
+    fgd = fwdcompile.FGD(net, lambda y, _: y.square().mean(), lr=0.1, compile=False)
+    fgd.step(X, X)
+    net[1] = nn.Linear(3, 1).double()
+    before = net[1].weight.clone()
+    loss = net(X).square().mean()
+    close(fgd.step(X, X), loss)
+    assert not torch.equal(net[1].weight, before)
+
+
+def test_one_hears_of_many_programs() -> None:
+    net = Net()
+    watch = Watch(net)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for net.k in range(15):
+            watch.version()
+    net.k = 15
+    with pytest.warns(UserWarning, match=r"16 programs .* last Net.k changed. Make it a buffer"):
+        watch.version()
+
+
+def test_things_that_are_gone_are_no_longer_looked_at() -> None:
+    net = Net()
+    watch = Watch(net)
+    first = watch.version()
+    del net.k
+    assert watch.version() != first
+    net.k = 2.0
+    assert watch.version() == first
