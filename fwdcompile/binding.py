@@ -47,6 +47,12 @@ def state_homes(model: Model) -> dict[str, tuple[dict[str, Any], str]]:
     return homes
 
 
+def by_direction(tangents: Any) -> tuple[list[Any], bool]:
+    """The tangents of each direction, and whether they were given as several."""
+    several = isinstance(tangents, list | tuple)
+    return (list(tangents) if several else [tangents]), several
+
+
 def check_tangents(
     tangents: Tangents, values: Mapping[str, Any], tied: Mapping[str, str], batched: bool = False
 ) -> dict[str, Tensor | RankOne]:
@@ -59,9 +65,14 @@ def check_tangents(
         batched: whether each tangent has an axis of directions in front.
 
     Raises:
-        TangentError: unknown name, integer primal, wrong shape, dtype or device, two tangents for
-            one tied parameter, or no tangent at all.
+        TangentError: no mapping, unknown name, integer primal, wrong shape, dtype or device, two
+            tangents for one tied parameter, or no tangent at all.
     """
+    if not isinstance(tangents, Mapping):
+        raise TangentError(
+            f"tangents are given by name, not as a {type(tangents).__name__}: tangents={{name: "
+            f"tangent}}, or a sequence of such; names here are {', '.join([*values][-4:])}"
+        )
     size = batch_size(tangents) if batched else 0
     checked: dict[str, Tensor | RankOne] = {}
     for name, dot in tangents.items():

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 
 from .directions import Directions, Normal, Rademacher, Sphere
+from .fgd import check_rate
+from .stepper import counted
 from .workers import SHARES
 
 NAMES = (
@@ -99,9 +101,7 @@ class Config:
 
     def __post_init__(self) -> None:
         for name in ("iterations", "batch", "runs", "samples", "every"):
-            number = getattr(self, name)
-            if (number if isinstance(number, int) else min(number)) < 1:
-                raise ValueError(f"{name} must be at least 1, not {number}")
+            counted(name, getattr(self, name))
         if not self.methods or len(set(self.methods)) < len(self.methods):
             raise ValueError(f"name each method once, not {', '.join(self.methods) or 'none'}")
         _known("kind of directions", self.directions, DIRECTIONS)
@@ -109,10 +109,7 @@ class Config:
         _known("optimizer", self.optimizer, OPTIMIZERS)
         _known("thing to perturb", self.perturb, PERTURBED)
         _known("thing to share", self.share, SHARES)
-        if not (0 < self.lr < math.inf and 0 <= self.decay < math.inf):
-            raise ValueError(
-                f"lr must be positive and decay not negative, not {self.lr} and {self.decay}"
-            )
+        check_rate(self.lr, self.decay)
         if not self.clip > 0:
             raise ValueError(f"clip must be positive, not {self.clip}")
         self._check_together()
@@ -146,6 +143,8 @@ class Config:
             config.optimizer != "sgd" or config.directions not in _TORCH
         ):
             raise ValueError(f"{name} is plain gradient descent along {' or '.join(_TORCH)}")
+        if name.startswith("torch") and config.perturb != "weights":
+            raise ValueError(f"{name} perturbs weights alone")
         return name, config
 
     def rate(self, iteration: int) -> float:

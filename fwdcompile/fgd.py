@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +24,12 @@ from .stepper import NonFinite, Plan, Stepper, check_loss, plain_names, sum_of
 from .words import stream_keys
 
 Perturbed = Literal["weights", "activations"]
+
+
+def check_rate(lr: float, decay: float) -> None:
+    """Refuses a learning rate lr exp(-decay i) that is not finite, or of another sign."""
+    if not (0 < lr < math.inf and 0 <= decay < math.inf):
+        raise ValueError(f"lr must be positive and decay not negative, not {lr} and {decay}")
 
 
 class FGD(Stepper):
@@ -75,8 +82,9 @@ class FGD(Stepper):
         dynamic: bool = False,
         clip: float | None = None,
     ) -> None:
-        if not lr > 0 or decay < 0:
-            raise ValueError(f"lr must be positive and decay not negative, not {lr} and {decay}")
+        check_rate(lr, decay)
+        if not isinstance(samples, int):
+            raise ValueError(f"samples must be one whole number, not {samples!r}")
         chosen = Normal() if directions is None else directions
         super().__init__(
             model, loss_fn, chosen, samples, seed, compile, mode, nonfinite, dynamic, clip

@@ -14,6 +14,7 @@ from .binding import (
     Tangents,
     arrange,
     batch_size,
+    by_direction,
     call_values,
     check_name,
     check_tangents,
@@ -75,8 +76,7 @@ class Forward(Lowering):
             >>> y, y_dot = fwd(torch.ones(3), tangents={"input": torch.ones(3)})
         """
         values, tied = call_values(self.base, args, kwargs)
-        several = not isinstance(tangents, Mapping)
-        each = [tangents] if isinstance(tangents, Mapping) else list(tangents)
+        each, several = by_direction(tangents)
         if not each:
             raise TangentError("no tangent given: nothing to differentiate by")
         dots = [check_tangents(one, values, tied, self.batched) for one in each]

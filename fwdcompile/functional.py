@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,6 +9,7 @@ from torch.utils import _pytree as pytree
 
 from .errors import TangentError
 from .forward import Forward
+from .kept import forward_of, with_aux
 from .parts import Model, input_leaves
 from .simplify import PASSES
 
@@ -61,11 +61,6 @@ def transform(
     )
 
 
-@functools.lru_cache(maxsize=256)
-def _forward_of(func: Callable[..., Any]) -> Forward:
-    return Forward(func)
-
-
 def jvp(
     func: Callable[..., Any],
     primals: Sequence[Any],
@@ -74,34 +69,45 @@ def jvp(
     strict: bool = False,
     has_aux: bool = False,
 ) -> tuple[Any, ...]:
-    """The Jacobian-vector product of `func`, with the signature and results of torch.func.jvp.
+    """The Jacobian-vector product of `func`, called as torch.func.jvp.
+
+    Results are those of torch.func.jvp, but for an output that is no float, which has None.
 
     Args:
-        func: a function of tensors or pytrees of tensors. Its program is kept for as long as the
-            function lives: call with the same function object to capture once.
-        primals: the positional arguments of `func`.
+        func: a function of tensors or pytrees of tensors. The programs of the last 32 functions
+            are kept: call with the same function object to capture once.
+        primals: the positional arguments of `func`, in a tuple or list.
         tangents: for each primal a tangent of the same structure, shape, dtype and device.
-        strict: raises where an output does not depend on any primal, in place of zeros.
+        strict: raises where no primal moves an output, in place of zeros: it does not depend on
+            any, or by steps alone, as `x.floor()` does.
         has_aux: `func` returns `(output, aux)`, of which only the first is differentiated.
 
     Returns:
         `(output, jvp_output)`, and `aux` behind them if `has_aux`.
 
     Raises:
-        TangentError: structure, shape, dtype or device of tangents and primals differ.
+        TangentError: structure, shape, dtype or device of tangents and primals differ, or
+            `has_aux` and `func` does not return two things.
 
     Example:
         >>> fwdcompile.jvp(torch.sin, (torch.zeros(2),), (torch.ones(2),))
         (tensor([0., 0.]), tensor([1., 1.]))
     """
+    for name, given in (("primals", primals), ("tangents", tangents)):
+        if not isinstance(given, tuple | list):
+            raise TangentError(f"{name} must be a tuple, not {type(given).__name__}: write (x,)")
     primals, tangents = tuple(primals), tuple(tangents)
     leaves, spec = pytree.tree_flatten(primals)
     dots, dot_spec = pytree.tree_flatten(tangents)
     if spec != dot_spec or not leaves:
         raise TangentError(f"primals and tangents differ in structure: {spec} and {dot_spec}")
     names = [name for name, _ in input_leaves(func, primals, {})]
-    forward = _forward_of(func)
+    forward = forward_of(func)
     y, y_dot = forward(*primals, tangents=dict(zip(names, dots, strict=True)))
-    if strict and (cut := [s.name for n, s in forward.program.results() if n.meta.get("absent")]):
-        raise TangentError(f"{', '.join(cut)} does not depend on the primals")
+    if has_aux:
+        with_aux(y)
+    still = [slot.name for node, slot in forward.program.results() if node.meta.get("absent")]
+    still = [name for name in still if not (has_aux and name.split(".")[1] == "1")]
+    if strict and still:
+        raise TangentError(f"{', '.join(still)} does not depend on the primals")
     return (y[0], y_dot[0], y[1]) if has_aux else (y, y_dot)

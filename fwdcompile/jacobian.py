@@ -1,4 +1,4 @@
-"""Jacobians: all columns from one program, with the signature of torch.func.jacfwd."""
+"""Jacobians: all columns from one program, with the results of torch.func.jacfwd."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from .errors import TangentError
 from .forward import Forward
+from .kept import forward_of, with_aux
 from .parts import arguments_of, input_leaves
 from .program import is_differentiable, is_random
 
@@ -46,8 +47,9 @@ def jacfwd(
         `argnums`. `(jacobian, aux)` if `has_aux`. An output that is no float has None.
 
     Raises:
-        ValueError: `chunk_size` is not positive.
-        TangentError: a chosen argument is not there, or has a leaf that is no float; or `func`
+        ValueError: `chunk_size` is not positive, or `argnums` is no int and no tuple of ints.
+        TangentError: a chosen argument is not there, chosen twice, or has a leaf that is no float;
+            `has_aux` and `func` does not return two things; or `func`
             draws random numbers or writes to buffers, and would so for each chunk anew.
 
     Example:
@@ -58,12 +60,16 @@ def jacfwd(
     """
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size must be positive, not {chunk_size}")
-    model = _forward_of(func, compile)
+    model = forward_of(func, batched=True, compile=compile)
     several = isinstance(argnums, tuple)
     numbers = argnums if isinstance(argnums, tuple) else (argnums,)
+    if not numbers or not all(type(number) is int for number in numbers):
+        raise ValueError(f"argnums must be an int or a tuple of ints, not {argnums!r}")
 
     def jacobian(*args: Any, **kwargs: Any) -> Any:
         picked = tuple(_argument(args, number) for number in numbers)
+        if len({number % len(args) for number in numbers}) < len(numbers):
+            raise TangentError(f"argnums {argnums} name an argument twice")
         inputs = _leaves_of(model.base, args, kwargs, [number % len(args) for number in numbers])
         bases = {name: _axes(name, x) for name, x in inputs.items()}
         chunks = {n: torch.split(basis, chunk_size or len(basis)) for n, basis in bases.items()}
@@ -79,6 +85,8 @@ def jacfwd(
             pytree.tree_unflatten(list(map(_block, each, inputs.values())), in_spec)
             for each in zip(*columns, strict=True)
         ]
+        if has_aux:
+            with_aux(y)
         whole = pytree.tree_unflatten(blocks, pytree.tree_structure(y))
         return (whole[0], y[1]) if has_aux else whole
 
@@ -86,11 +94,6 @@ def jacfwd(
     jacobian.__name__ = getattr(func, "__name__", type(func).__name__)
     jacobian.__signature__ = arguments_of(func)  # type: ignore[attr-defined]
     return jacobian
-
-
-@functools.lru_cache(maxsize=256)
-def _forward_of(func: Callable[..., Any], compile: bool) -> Forward:
-    return Forward(func, batched=True, compile=compile)
 
 
 def _argument(args: Sequence[Any], number: int) -> Any:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .autocast import without_casts
-from .binding import Tangents, arrange, check_tangents, store
+from .binding import Tangents, arrange, by_direction, check_tangents, store
 from .directions import RankOne
 from .emit import UNTRACKED, execute
 from .errors import TangentError
@@ -60,8 +60,7 @@ class Saved:
             self._refuse_sealed()
         values = self._values([x for x in pytree.tree_leaves((args, kwargs)) if _is_tensor(x)])
         tied = tied_names(self._state)
-        several = not isinstance(tangents, Mapping)
-        each = [tangents] if isinstance(tangents, Mapping) else list(tangents)
+        each, several = by_direction(tangents)
         moved = [slot for slot in self._inputs if slot.kind == "tangent"]
         batched = any(slot.size for slot in moved)
         dots = [check_tangents(one, values, tied, batched) for one in each]

@@ -79,9 +79,9 @@ class Stepper:
         dynamic: bool,
         clip: float | None,
     ) -> None:
-        numbers = (samples,) if isinstance(samples, int) else tuple(samples)
-        if not numbers or min(numbers) < 1:
-            raise ValueError(f"samples must be at least 1, not {samples}")
+        numbers = counted("samples", samples)
+        if not isinstance(directions, Directions):
+            raise ValueError(f"directions must be fwdcompile.Normal() or the like: {directions!r}")
         if clip is not None and not clip > 0:
             raise ValueError(f"clip must be positive, not {clip}")
         if nonfinite not in ("raise", "skip"):
@@ -297,6 +297,20 @@ def _flatten(inputs: Sequence[Any], kwargs: dict[str, Any]) -> tuple[list[Any], 
     if not kwargs and all(isinstance(x, Tensor) for x in inputs):
         return list(inputs), len(inputs)
     return pytree.tree_flatten((inputs, kwargs))
+
+
+def counted(name: str, number: Any) -> tuple[int, ...]:
+    """A whole number of at least 1, or several, as a tuple.
+
+    Raises:
+        ValueError: it is none.
+    """
+    numbers = tuple(number) if isinstance(number, Sequence) else (number,)
+    if not numbers or not all(isinstance(n, int) for n in numbers):
+        raise ValueError(f"{name} must be a whole number, not {number!r}")
+    if min(numbers) < 1:
+        raise ValueError(f"{name} must be at least 1, not {number!r}")
+    return numbers
 
 
 def check_loss(lowered: Lowered, most: int = 0) -> None:

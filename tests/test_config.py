@@ -40,6 +40,9 @@ def test_sources() -> None:
     [
         ({"iterations": 0}, "iterations must be at least 1, not 0"),
         ({"batch": -1}, "batch must be at least 1"),
+        ({"samples": 2.5}, "samples must be a whole number, not 2.5"),
+        ({"samples": ()}, "samples must be a whole number"),
+        ({"methods": ("torch-jvp",), "perturb": "activations"}, "torch-jvp perturbs weights alone"),
         ({"runs": 0}, "runs must be"),
         ({"samples": 0}, "samples must be"),
         ({"every": 0}, "every must be"),

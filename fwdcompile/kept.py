@@ -1,0 +1,49 @@
+"""Kept: what `jvp` and `jacfwd` have made of the functions that they were called with last."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+from .errors import TangentError
+from .forward import Forward
+
+_MOST = 32
+_kept: OrderedDict[tuple[Any, ...], Forward] = OrderedDict()
+
+
+def forward_of(func: Callable[..., Any], **options: Any) -> Forward:
+    """The transform of a function; those of the last 32 functions are kept, and what they hold."""
+    key = (func if _is_hashable(func) else id(func), *options.items())
+    forward = _kept.pop(key, None) or Forward(func, **options)
+    _kept[key] = forward
+    if len(_kept) > _MOST:
+        _kept.popitem(last=False)
+    return forward
+
+
+def with_aux(out: Any) -> tuple[Any, Any]:
+    """The output of a function that gives `(output, aux)`.
+
+    Raises:
+        TangentError: it gives something else.
+    """
+    if not isinstance(out, tuple) or len(out) != 2:
+        raise TangentError(
+            f"has_aux=True: the function must return a tuple (output, aux), not {_kind(out)}"
+        )
+    return out
+
+
+def _is_hashable(thing: Any) -> bool:
+    try:
+        hash(thing)
+    except TypeError:
+        return False
+    return True
+
+
+def _kind(thing: Any) -> str:
+    name = type(thing).__name__
+    return f"a {name} of {len(thing)}" if isinstance(thing, tuple | list) else f"a {name}"

@@ -1,0 +1,76 @@
+"""`jvp` beside torch.func.jvp, and what it keeps of the functions that it was called with."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fwdcompile
+from fwdcompile import TangentError
+
+X = torch.linspace(-1, 1, 3, dtype=torch.float64)
+
+
+def both(x: Tensor) -> Any:
+    return {"y": x.sin()}, [x.floor(), x.long()]
+
+
+def test_auxiliary_outputs_come_behind() -> None:
+    mine = fwdcompile.jvp(both, (X,), (X,), has_aux=True)
+    theirs = torch.func.jvp(both, (X,), (X,), has_aux=True)
+    torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("out", [lambda x: 2 * x, lambda x: [x, x], lambda x: (x, x, x)])
+def test_auxiliary_outputs_are_the_second_of_two(out: Any) -> None:
+    with pytest.raises(TangentError, match=r"must return a tuple \(output, aux\), not a "):
+        fwdcompile.jvp(out, (X,), (X,), has_aux=True)
+    with pytest.raises(TangentError, match=r"must return a tuple \(output, aux\), not a "):
+        fwdcompile.jacfwd(out, has_aux=True)(X)
+
+
+@pytest.mark.parametrize("given", [(X, (X,)), ((X,), X)])
+def test_primals_and_tangents_are_tuples(given: Any) -> None:
+    with pytest.raises(TangentError, match=r"must be a tuple, not Tensor: write \(x,\)"):
+        fwdcompile.jvp(torch.sin, *given)
+
+
+def test_strict_asks_of_outputs_and_not_of_what_comes_beside() -> None:
+    y, _, _ = fwdcompile.jvp(both, (X,), (X,), strict=True, has_aux=True)
+    torch.testing.assert_close(y["y"], X.sin())
+    with pytest.raises(TangentError, match="out.1.0 does not depend on the primals"):
+        fwdcompile.jvp(both, (X,), (X,), strict=True)
+
+
+@dataclass
+class Power:
+    """Has no hash, as a dataclass that can be changed."""
+
+    of: int
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x**self.of
+
+
+def test_a_function_without_a_hash() -> None:
+    for power in (Power(2), Power(3)):
+        _, y_dot = fwdcompile.jvp(power, (X,), (torch.ones_like(X),))
+        torch.testing.assert_close(y_dot, power.of * X ** (power.of - 1))
+        torch.testing.assert_close(fwdcompile.jacfwd(power)(X), y_dot.diag())
+
+
+def test_functions_of_long_ago_are_forgotten() -> None:
+    def ask() -> weakref.ref[Tensor]:
+        large = torch.ones(3, dtype=torch.float64)
+        fwdcompile.jvp(lambda x: x * large, (X,), (X,))
+        return weakref.ref(large)
+
+    held = [ask() for _ in range(40)]
+    gc.collect()
+    assert 1 <= sum(ref() is not None for ref in held) <= 32
