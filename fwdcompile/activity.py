@@ -264,7 +264,7 @@ class ActivityForward(StepForward):
             return {name: range(count) for name in (*names, *shifted)}
         groups = [[slot] for slot in shifted] + ([names] if names else [])
         if len(groups) != len(self.samples):
-            layers = ", ".join(slot.removesuffix(_OUTPUT) for slot in shifted)
+            layers = ", ".join(slot.removesuffix(_OUTPUT) for slot in shifted) or "(none is found)"
             others = f", and one number for {', '.join(names)}" if names else ""
             raise ValueError(
                 f"samples has {len(self.samples)} numbers for {len(groups)}: one for each of the "

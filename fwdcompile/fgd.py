@@ -98,6 +98,12 @@ class FGD(Stepper):
         """Learning rate of the next step, lr exp(-decay i)."""
         return float(_decayed(self._rates, self.iteration))
 
+    @lr.setter
+    def lr(self, lr: float) -> None:
+        decay = float(self._rates[1])
+        check_rate(lr, decay)
+        self._rates[0] = lr * math.exp(decay * self.iteration)
+
     def step(self, *inputs: Any, **kwargs: Any) -> Tensor:
         """One iteration: changes the parameters in place.
 

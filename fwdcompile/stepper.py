@@ -159,6 +159,7 @@ class Stepper:
         watch = self._forward.watch
         key = (tuple(map(signature_of, leaves)), spec, watch.version(), watch.trained(), casts())
         if key not in self._plans or self._plans[key].lowered.program.is_stale:
+            self.objective.check(inputs, kwargs)
             lowered = self._forward.lower(*inputs, **self._asked(), **kwargs)
             known = (plan for plan in self._plans.values() if plan.lowered is lowered)
             self._plans[key] = next(known, None) or self._planned(lowered, inputs, kwargs)
@@ -316,12 +317,15 @@ def counted(name: str, number: Any) -> tuple[int, ...]:
 def check_loss(lowered: Lowered, most: int = 0) -> None:
     """Refuses an objective that is not floating-point tensors of at most `most` dimensions."""
     program = lowered.program
-    outs = [value(node) for node, slot in program.results() if slot.kind == "output"]
+    outs = {slot.name: value(node) for node, slot in program.results() if slot.kind == "output"}
     if not outs or len(program.out_spec.leaves) != len(outs):
         raise LossError("the objective must return the loss, or several; give a loss_fn")
-    for out in outs:
+    for name, out in outs.items():
         if out.ndim > most or not out.is_floating_point():
-            raise LossError(f"a loss must be a floating scalar tensor, not {kind_of(out)}")
+            raise LossError(
+                f"a loss must be a floating scalar tensor, not {kind_of(out)} as {name!r} is; a "
+                "loss_fn may pick the loss of what the model returns"
+            )
 
 
 def kind_of(x: Tensor) -> str:

@@ -165,11 +165,35 @@ def test_the_loss_must_be_a_floating_scalar(loss_fn: Any, message: str) -> None:
 
 def test_bad_settings_are_refused() -> None:
     for settings in ({"lr": 0.0}, {"lr": 1.0, "decay": -1.0}, {"lr": 1.0, "samples": 0},
-                     {"lr": 1.0, "mode": "fast"}):  # fmt: skip
+                     {"lr": 1.0, "mode": "fast"}, {"lr": float("inf")}, {"lr": 1.0, "samples": 2.0},
+                     {"lr": 1.0, "samples": (2, 3)}, {"lr": 1.0, "decay": float("nan")},
+                     {"lr": 1.0, "directions": fwdcompile.Rademacher}):  # fmt: skip
         with pytest.raises(ValueError, match="must be|at least|must know the mode"):
             FGD(Mlp(), F.cross_entropy, **settings)  # type: ignore[arg-type]
     with pytest.raises(fwdcompile.TangentError, match="requires a gradient"):
         FGD(nn.ReLU(), F.cross_entropy, lr=0.1)
+
+
+def test_the_rate_can_be_set_between_steps() -> None:
+    model, twin = Mlp(), Mlp()
+    twin.load_state_dict(model.state_dict())
+    mine = FGD(model, F.cross_entropy, lr=1.0, decay=0.1, compile=False)
+    for lr in (0.1, 0.3):
+        mine.lr = lr
+        assert mine.lr == pytest.approx(lr)
+        theirs = FGD(twin, F.cross_entropy, lr=lr, compile=False)
+        theirs.load_state_dict(theirs.state_dict() | {"iteration": mine.iteration})
+        torch.testing.assert_close(mine.step(X, Y), theirs.step(X, Y))
+    for p, other in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, other)
+    with pytest.raises(ValueError, match="lr must be positive"):
+        mine.lr = -1.0
+
+
+@pytest.mark.parametrize("inputs", [(), (X,), (X, Y, Y)])
+def test_arguments_beside_the_target_are_the_models(inputs: Any) -> None:
+    with pytest.raises(fwdcompile.LossError, match="all but the last positional argument"):
+        FGD(Mlp(), F.cross_entropy, lr=0.1, compile=False).step(*inputs)
 
 
 def test_state_dict_continues_a_run() -> None:

@@ -328,6 +328,9 @@ BAD = [
     ({"fc1.weight": torch.zeros(8, 6, device="meta")}, "device meta"),
     ({"fc1.weight": 1.0}, "not a tensor"),
     ({}, "no tangent"),
+    (torch.zeros(2, 6), "by name, not as a Tensor"),
+    (None, "by name, not as a NoneType"),
+    ((None, {}), "by name, not as a NoneType"),
 ]
 
 

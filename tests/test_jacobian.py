@@ -101,6 +101,10 @@ def test_compiled() -> None:
 def test_bad_arguments_are_refused() -> None:
     with pytest.raises(ValueError, match="chunk_size must be positive, not 0"):
         fwdcompile.jacfwd(pair, chunk_size=0)
+    with pytest.raises(ValueError, match="an int or a tuple of ints"):
+        fwdcompile.jacfwd(pair, [0, 1])  # type: ignore[arg-type]
+    with pytest.raises(TangentError, match="name an argument twice"):
+        fwdcompile.jacfwd(pair, (0, -2))(X, Y)
     with pytest.raises(TangentError, match="no positional argument 2 of 2"):
         fwdcompile.jacfwd(pair, 2)(X, Y)
     with pytest.raises(TangentError, match="'x' is no floating-point tensor"):
