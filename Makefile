@@ -11,7 +11,7 @@ WORKERS ?= 2
 BENCH_ARGS ?=
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-all test-oldest lint golden bench bench-gpu bench-memory bench-attention bench-laplacian bench-jacobians bench-capture bench-without-torch clean coverage zoo beyond-torch
+.PHONY: demo test test-all test-oldest lint types golden bench bench-gpu bench-memory bench-attention bench-laplacian bench-jacobians bench-capture bench-without-torch clean coverage zoo beyond-torch
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -37,9 +37,12 @@ test-oldest:
 	build/oldest/bin/pip install --quiet -c build/oldest.txt -e '.[dev]'
 	build/oldest/bin/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-lint: .venv/installed
+lint: types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# the package as it is installed, rules within
+types: .venv/installed
 	rm -rf build/types && mkdir -p build/types && cp -r fwdcompile build/types/
 	cp -r rules build/types/fwdcompile/rules
 	cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml

@@ -23,7 +23,16 @@ from .errors import LossError
 from .forward import StepForward
 from .lowered import Lowered
 from .parts import Model
-from .program import Program, Slot, identifier, output_nodes, outputs_reached, rename, value
+from .program import (
+    Program,
+    Slot,
+    identifier,
+    origin,
+    output_nodes,
+    outputs_reached,
+    rename,
+    value,
+)
 from .request import Request
 from .trace import Recorder, bind_call, fake_mode, label
 from .transform import transform
@@ -159,7 +168,7 @@ def _shift(graph: fx.Graph, node: fx.Node) -> None:
         total = graph.call_function(aten.add.Tensor, (node, shift))
     node.replace_all_uses_with(total, delete_user_cb=lambda user: user is not total)
     shift.meta["val"] = total.meta["val"] = value(node)
-    total.meta |= {key: node.meta[key] for key in ("source", "module") if key in node.meta}
+    total.meta |= origin(node)
     rename(graph, {total: name, node: f"{name}_of_input"})
 
 
@@ -217,7 +226,7 @@ def gradients(program: Program, layers: Sequence[Layer], clip: float | None = No
             for argument, name in layer.parameters.items():
                 new = grads[argument].to(dtypes[name])
                 found[name] = found[name] + new if name in found else new
-        out.meta |= {key: node.meta[key] for key in ("source", "module") if key in node.meta}
+        out.meta |= origin(node)
         label(out, before)
     results = {recorder.node(x): name for name, x in found.items()}
     for result in results:

@@ -1,4 +1,4 @@
-"""The command line: `fwdcompile train`, `fwdcompile show`, `fwdcompile rules`."""
+"""The command line: `fwdcompile train`, `show`, `rules` and `calibrate`."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""Every error fwdcompile raises on purpose; catch `FwdcompileError` to catch them all."""
+"""The errors of fwdcompile. Settings that cannot be are a ValueError, as everywhere."""
 
 from __future__ import annotations
 
 
 class FwdcompileError(Exception):
-    """Base of all errors that fwdcompile raises on purpose."""
+    """Base of what is raised on purpose about models, tangents, losses, data and files."""
 
 
 class CaptureError(FwdcompileError):
@@ -32,7 +32,7 @@ class NonFiniteError(FwdcompileError, ArithmeticError):
 
 
 class LossError(FwdcompileError, ValueError):
-    """An objective does not return one floating-point tensor of no dimensions."""
+    """An objective is called wrongly, or returns what is no loss: floats of no dimensions."""
 
 
 class DataError(FwdcompileError, ValueError):

@@ -165,7 +165,8 @@ class Forward(Lowering):
             **kwargs: as of `lower`.
 
         Returns:
-            What was measured. The results are kept in a file of the user, `costs_path()`.
+            What was measured. It is kept for other runs: in $FWDCOMPILE_COSTS, or
+            fwdcompile/costs.json in the cache of the user.
         """
         passes = [name for name in self.passes if name != "stack"]
         lowered = self._plain(passes).lower(*args, **kwargs)

@@ -21,7 +21,7 @@ from .program import Program
 Function = Callable[..., tuple[Any, ...]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Lowered:
     """One generated program: its text, the graph of each stage, and the function to run.
 
@@ -38,6 +38,10 @@ class Lowered:
     stages: dict[str, fx.Graph]
     code: str
     function: Function
+
+    def __repr__(self) -> str:
+        inputs = ", ".join(f"{slot.kind} {slot.name}" for slot in self.program.inputs)
+        return f"<Lowered {self.program.title}({inputs}), {len(self.program.graph.nodes)} nodes>"
 
     def graph(self) -> nx.DiGraph[str]:
         """The program as a networkx graph; see `fwdcompile.graph.program_graph`."""
@@ -63,6 +67,10 @@ class Shown:
     def stages(self) -> dict[str, fx.Graph]:
         """The graphs after `capture`, `transform` and `simplify` of the program generated last."""
         return self._latest().stages
+
+    def __repr__(self) -> str:
+        inputs = ", ".join(f"{slot.kind} {slot.name}" for slot in self.program.inputs)
+        return f"<Lowered {self.program.title}({inputs}), {len(self.program.graph.nodes)} nodes>"
 
     def graph(self) -> nx.DiGraph[str]:
         """The program generated last as a networkx graph."""

@@ -45,7 +45,7 @@ def timed(run: Callable[[], Any], repeats: int, device: torch.device) -> float:
 
     Args:
         run: does one step.
-        repeats: steps between two looks at the clock, more where one is too short for it.
+        repeats: steps between two looks at the clock.
         device: what the step runs on.
 
     Returns:

@@ -137,7 +137,8 @@ class Stepper:
             *inputs: as of a step.
             **kwargs: as of a step.
 
-        What was measured is kept in a file of the user, for other runs, too: `costs_path()`.
+        What was measured is kept for other runs: in $FWDCOMPILE_COSTS, or fwdcompile/costs.json in
+        the cache of the user.
         """
         self._forward.calibrate(*inputs, **self._asked(), **kwargs)
         self._plans.clear()

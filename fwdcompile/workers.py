@@ -99,8 +99,8 @@ class Workers:
                 mine, theirs = first.get(name), other.get(name)
                 if mine != theirs:
                     raise MismatchError(
-                        f"worker {rank} differs from worker 0 in {name}: {theirs} there, {mine} "
-                        "here; nothing has changed. Start all workers alike"
+                        f"{name} is {theirs} in worker {rank}, and {mine} in worker 0; nothing has "
+                        "changed. Start all workers alike"
                     )
 
     def follow(self, tensors: Sequence[Tensor]) -> None:

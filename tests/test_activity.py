@@ -186,6 +186,9 @@ def test_rank_one_directions_stay_with_the_weights() -> None:
         net, each, directions=directions, perturb="activations", compile=False
     )(x, y)
     assert all(p.grad is not None and p.grad.shape == p.shape for p in net.parameters())
+    program = ActivityForward(Objective(net, each)).lower(x, y, rank_one=True).program
+    factors = {slot.name for slot in program.inputs if slot.kind == "tangent" and slot.factor}
+    assert factors == {"embed.weight"}
 
 
 def test_losses_that_depend_on_other_examples_are_refused() -> None:

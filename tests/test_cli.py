@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from fwdcompile import rule
+from fwdcompile.__main__ import main as entry
 from fwdcompile.cli import main
 
 TRAIN = ["train", "logistic-regression", "--no-compile", "--iterations", "4", "--every", "2"]
@@ -209,7 +210,7 @@ def test_rules_lists_the_table(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_help_names_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
     out, _ = run("--help", capsys=capsys)
-    assert all(command in out for command in ("train", "show", "rules"))
+    assert all(command in out for command in ("train", "show", "rules", "calibrate"))
 
 
 def test_an_error_of_the_program_itself_keeps_its_traceback(
@@ -230,3 +231,10 @@ def test_the_process_arguments_are_the_default(
     with pytest.raises(SystemExit):
         main()
     assert capsys.readouterr().out == "0 rows\n"
+
+
+def test_what_the_command_line_needs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "fwdcompile.cli")
+    monkeypatch.setitem(sys.modules, "typer", None)
+    with pytest.raises(SystemExit, match=r"needs typer: pip install 'fwdcompile\[examples\]'"):
+        entry()

@@ -258,11 +258,11 @@ def refusal(net: nn.Module, act: Callable[[], object]) -> str:
 @pytest.mark.parametrize(
     ("what", "told"),
     [
-        ("seed", "worker 1 differs from worker 0 in its state: {'iteration': 0, 'seed': 7"),
-        ("directions", "in directions: Rademacher"),
-        ("version", "in the version of fwdcompile: 9.9 there"),
-        ("shape", "in parameter fc2.weight: torch.float64 of shape [4, 8] there"),
-        ("weights", "in parameter fc2.bias: "),
+        ("seed", "its state is {'iteration': 0, 'seed': 7"),
+        ("directions", "directions is Rademacher"),
+        ("version", "the version of fwdcompile is 9.9 in worker 1"),
+        ("shape", "parameter fc2.weight is torch.float64 of shape [4, 8] in worker 1"),
+        ("weights", "parameter fc2.bias is "),
     ],
 )
 def test_unlike_workers_are_refused(pair: Crew, what: str, told: str) -> None:
@@ -298,9 +298,9 @@ class Alone(Workers):
 @pytest.mark.parametrize(
     ("what", "told"),
     [
-        ("weights", "worker 1 differs from worker 0 in parameter fc.weight"),
-        ("iteration", "in its iteration: 6 there, 3 here"),
-        ("program", "in parameter out.bias: None there"),
+        ("weights", "parameter fc.weight is "),
+        ("iteration", "its iteration is 6 in worker 1, and 3 in worker 0"),
+        ("program", "parameter out.bias is None in worker 1"),
     ],
 )
 def test_workers_that_come_apart_are_found(pair: Crew, what: str, told: str) -> None:
