@@ -37,12 +37,14 @@ class View:
         keys: what its code calls the first things that are seen.
         look: gives all that is seen.
         space: what grows where there is more to see.
+        still: whether one look is enough.
     """
 
     thing: Any
     keys: Sequence[str]
     look: Callable[[], Sequence[Any]]
-    space: Any = ()
+    space: Any = None
+    still: bool = False
 
     def labels(self) -> list[str]:
         """For each thing that is seen what a person calls it."""
@@ -92,7 +94,7 @@ def _of_module(module: nn.Module, names: set[str]) -> View:
 
 def _of_function(function: FunctionType, names: set[str]) -> View:
     if _is_library(function.__module__):
-        return View(function, (), tuple)
+        return View(function, (), tuple, still=True)
     space, cells = function.__globals__, function.__closure__ or ()
     keys = [key for key in _loads(function.__code__)[1] if key in space]
 
@@ -137,7 +139,7 @@ def _of_script(script: Any, names: set[str]) -> View:
 def _by(*attributes: str) -> Callable[[Any, set[str]], View]:
     """The view of what consists of some attributes."""
     return lambda thing, _: View(
-        thing, attributes, lambda: [getattr(thing, key) for key in attributes]
+        thing, attributes, lambda: [getattr(thing, key) for key in attributes], still=True
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
+from collections.abc import Callable, Sequence
 from enum import Enum
 from operator import is_
 from typing import Any
@@ -33,6 +34,8 @@ class Watch:
     def __init__(self, model: Model) -> None:
         self._model = model
         self._views: list[View] = []
+        self._looks: list[Callable[[], Sequence[Any]]] = []
+        self._spaces: list[Any] = []
         self._modules: list[nn.Module] = []
         self._seen: list[Any] = []
         self._sizes: list[int] = []
@@ -65,17 +68,19 @@ class Watch:
     def _look(self) -> tuple[list[Any], list[int]]:
         seen: list[Any] = []
         try:
-            for view in self._views:
-                seen += view.look()
+            for look in self._looks:
+                seen += look()
         except (KeyError, AttributeError):  # something is not there any more
             return [], []
-        return seen, [len(view.space) for view in self._views]
+        return seen, [*map(len, self._spaces)]
 
     def _see(self) -> None:
         self._views = views_of(self._model)
         self._modules = [v.thing for v in self._views if isinstance(v.thing, nn.Module)]
+        self._looks = [view.look for view in self._views if not view.still]
+        self._spaces = [view.space for view in self._views if view.space is not None]
         self._seen, self._sizes = self._look()
-        self._tokens = [*map(_token, self._seen)]
+        self._tokens = [_token(thing) for view in self._views for thing in view.look()]
 
     def _number(self) -> None:
         before = self._tokens
