@@ -179,9 +179,9 @@ def _distinct(
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without warnings of torch about its own code, and half a graph where export fails."""
-    silent = mock.patch.object(_trace, "print", create=True)
-    with warnings.catch_warnings(), silent:
+    """Without warnings of torch about its own code, and what it says where export fails."""
+    half_a_graph = mock.patch.object(_trace, "print", create=True)
+    with warnings.catch_warnings(), half_a_graph, mock.patch.object(_trace.log, "error"):
         warnings.simplefilter("ignore", FutureWarning)
         warnings.simplefilter("ignore", DeprecationWarning)
         yield

@@ -106,3 +106,11 @@ def test_eager_calls_do_not_trace() -> None:
     torch._dynamo.utils.counters.clear()
     fwd(-x, w, tangents={"x": x})
     assert not torch._dynamo.utils.counters["frames"]
+
+
+def test_a_scan_is_captured_without_a_word(caplog: pytest.LogCaptureFixture) -> None:
+    x = torch.ones(3)
+    function = lambda x: scan(lambda c, _: (0.9 * c + x, c.clone()), x.clone(), torch.zeros(5))[0]  # noqa: E731
+    with caplog.at_level("ERROR"):
+        fwdcompile.jvp(function, (x,), (x,))
+    assert not caplog.records
