@@ -115,8 +115,8 @@ def refuse_constants(
             if _shared(constant, x) and _moves(node):
                 raise CaptureError(
                     f"The model reads its parameter {name!r} in a way that capture does not see, "
-                    "from a tuple, dict or other object: it has no tangent there.\n  Read it from the "
-                    "attribute, give it as an argument, or close over a .clone() of it."
+                    "from a tuple, dict or other object: it has no tangent there.\n  Read it from "
+                    "the attribute, give it as an argument, or close over a .clone() of it."
                 )
 
 
