@@ -2,6 +2,7 @@
 
 From the model on, each thing is followed to those that its code can reach: the attributes that it
 loads, the globals and variables of its functions, modules within modules, hooks, items of lists.
+Of other objects than the model and modules the attributes count, and not what their methods do.
 Code of torch, numpy and Python's own library is taken to stay as it is.
 """
 
@@ -12,7 +13,14 @@ import functools
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from types import CellType, CodeType, FunctionType, MethodType, ModuleType
+from types import (
+    CellType,
+    CodeType,
+    FunctionType,
+    MemberDescriptorType,
+    MethodType,
+    ModuleType,
+)
 from typing import Any
 
 from torch import Tensor, nn
@@ -22,7 +30,8 @@ from .objective import Objective
 from .parts import Derived
 from .scripts import Scripted
 
-LONGEST = 64  # items of a list or dict that are looked at
+LONGEST = 64  # items of a list or dict that is looked at
+FARTHEST = 4096  # things that are followed, the nearest first
 _ENTRIES = frozenset({"forward", "training", "__call__", "__getattr__", "__getitem__"})
 _LIBRARIES = {*sys.stdlib_module_names, "torch", "numpy", "fwdcompile"} - {"types", "argparse"}
 _OF_ALL_MODULES = frozenset(vars(nn.Module())) - {"training"}
@@ -53,18 +62,35 @@ class View:
         return [*(f"{title}.{key}" for key in self.keys), *[f"what {title} consists of"] * more]
 
 
+@dataclass
+class Scope:
+    """What code is known to load, and the classes whose methods are run."""
+
+    names: set[str]
+    run: set[type]
+
+
 def views_of(model: Any) -> list[View]:
     """The views of all that the code of a model can reach."""
-    names, reached = set(_ENTRIES), {id(model): model}
+    scope, reached = Scope(set(_ENTRIES), set(_classes_of(model))), {id(model): model}
     while True:
-        known = len(names), len(reached)
-        views = [view for thing in reached.values() if (view := _view(thing, names))]
+        known = len(scope.names), len(reached)
+        views = [view for thing in reached.values() if (view := _view(thing, scope))]
         for view in views:
             if isinstance(view.thing, FunctionType):
-                names |= _loads(view.thing.__code__)[0]
+                scope.names |= _loads(view.thing.__code__)[0]
             reached |= {id(x): x for x in view.look() if id(x) not in reached}
-        if (len(names), len(reached)) == known:
+        if (len(scope.names), len(reached)) == known or len(reached) > FARTHEST:
             return views
+
+
+def _classes_of(model: Any) -> Sequence[type]:
+    """The classes of the objects that a model is made of, and their bases."""
+    if isinstance(model, Objective):
+        return [*_classes_of(model.model), *_classes_of(model.loss_fn)]
+    if isinstance(model, functools.partial):
+        return _classes_of(model.func)
+    return type(getattr(model, "__self__", model)).__mro__
 
 
 def is_viewed_as_items(thing: Any) -> bool:
@@ -72,15 +98,15 @@ def is_viewed_as_items(thing: Any) -> bool:
     return type(thing) in (list, tuple, dict) and len(thing) <= LONGEST
 
 
-def _view(thing: Any, names: set[str]) -> View | None:
+def _view(thing: Any, scope: Scope) -> View | None:
     if isinstance(thing, Tensor) or not isinstance(thing, tuple(_VIEWS)):
         return None
-    return next(view(thing, names) for kind, view in _VIEWS.items() if isinstance(thing, kind))
+    return next(view(thing, scope) for kind, view in _VIEWS.items() if isinstance(thing, kind))
 
 
-def _of_module(module: nn.Module, names: set[str]) -> View:
+def _of_module(module: nn.Module, scope: Scope) -> View:
     space = vars(module)
-    keys = sorted(key for key in space if key in names and key not in _OF_ALL_MODULES)
+    keys = sorted(key for key in space if key in scope.names and key not in _OF_ALL_MODULES)
     lists = [space[key] for key in ("_modules", "_forward_hooks", "_forward_pre_hooks")]
 
     def look() -> list[Any]:
@@ -92,7 +118,7 @@ def _of_module(module: nn.Module, names: set[str]) -> View:
     return View(module, keys, look, space)
 
 
-def _of_function(function: FunctionType, names: set[str]) -> View:
+def _of_function(function: FunctionType, scope: Scope) -> View:
     if _is_library(function.__module__):
         return View(function, (), tuple, still=True)
     space, cells = function.__globals__, function.__closure__ or ()
@@ -105,38 +131,43 @@ def _of_function(function: FunctionType, names: set[str]) -> View:
     return View(function, (*keys, *function.__code__.co_freevars), look)
 
 
-def _of_class(kind: type, names: set[str]) -> View | None:
+def _of_class(kind: type, scope: Scope) -> View | None:
     is_module = issubclass(kind, nn.Module) and kind is not nn.Module
     if kind is object or (_is_library(kind.__module__) and not is_module):
         return None
-    space = vars(kind)
-    keys = [key for key in space if key in names]
+    space, runs = vars(kind), is_module or kind in scope.run
+    keys = [key for key in space if key in scope.names and (runs or not _is_code(space[key]))]
     return View(kind, keys, lambda: [*(space[key] for key in keys), *kind.__bases__], space)
 
 
-def _of_object(thing: Any, names: set[str]) -> View | None:
+def _of_object(thing: Any, scope: Scope) -> View | None:
     """Of a Python module, or an object with attributes of its own."""
     kind = type(thing)
     space = getattr(thing, "__dict__", {})
     if _is_library(thing.__name__ if kind is ModuleType else kind.__module__):
         return None
-    slots = {key for base in kind.__mro__ for key in getattr(base, "__slots__", ())}
-    keys = [key for key in (*space, *slots) if key in names and hasattr(thing, key)]
-    return View(thing, keys, lambda: [*(getattr(thing, key) for key in keys), kind], space)
+    slots = {key: s for base in kind.__mro__ for key, s in vars(base).items() if _is_slot(s)}
+    keys = [key for key in space if key in scope.names]
+    kept = [slots[key] for key in slots if key in scope.names and hasattr(thing, key)]
+
+    def look() -> list[Any]:
+        return [*(space[key] for key in keys), *(slot.__get__(thing) for slot in kept), kind]
+
+    return View(thing, keys, look, space)
 
 
-def _of_items(thing: Any, names: set[str]) -> View | None:
+def _of_items(thing: Any, scope: Scope) -> View | None:
     if len(thing) > LONGEST:
         return None
     items = thing.items if isinstance(thing, dict) else None
     return View(thing, (), lambda: [x for pair in items() for x in pair] if items else list(thing))
 
 
-def _of_script(script: Any, names: set[str]) -> View:
+def _of_script(script: Any, scope: Scope) -> View:
     return View(script, (), lambda: [getattr(part, "training", None) for part in script.modules()])
 
 
-def _by(*attributes: str) -> Callable[[Any, set[str]], View]:
+def _by(*attributes: str) -> Callable[[Any, Scope], View]:
     """The view of what consists of some attributes."""
     return lambda thing, _: View(
         thing, attributes, lambda: [getattr(thing, key) for key in attributes], still=True
@@ -144,10 +175,10 @@ def _by(*attributes: str) -> Callable[[Any, set[str]], View]:
 
 
 # the first kind that a thing is of counts
-_VIEWS: dict[type, Callable[[Any, set[str]], View | None]] = {
+_VIEWS: dict[type, Callable[[Any, Scope], View | None]] = {
     Objective: _by("model", "loss_fn"),
     Derived: _by("base"),
-    Scripted: lambda thing, names: _of_script(thing.script, names),
+    Scripted: lambda thing, scope: _of_script(thing.script, scope),
     ScriptModule: _of_script,
     nn.Module: _of_module,
     FunctionType: _of_function,
@@ -164,6 +195,14 @@ _VIEWS: dict[type, Callable[[Any, set[str]], View | None]] = {
     type: _of_class,
     object: _of_object,
 }
+
+
+def _is_slot(thing: Any) -> bool:
+    return isinstance(thing, MemberDescriptorType)
+
+
+def _is_code(thing: Any) -> bool:
+    return isinstance(thing, FunctionType | property | staticmethod | classmethod)
 
 
 def _is_library(module: str | None) -> bool:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fwdcompile
+from fwdcompile.views import FARTHEST
 from fwdcompile.watch import Watch
 
 close = functools.partial(torch.testing.assert_close, rtol=1e-12, atol=1e-12)
@@ -216,3 +217,26 @@ def test_things_that_are_gone_are_no_longer_looked_at() -> None:
     assert watch.version() != first
     net.k = 2.0
     assert watch.version() == first
+
+
+class Link:
+    """One of many objects in a row, with methods that load other names."""
+
+    def __init__(self, after: Link | None) -> None:
+        self.after, self.scale, self.count = after, 2.0, 0
+
+    def report(self) -> int:
+        return self.count
+
+
+def test_objects_that_a_loss_holds_are_followed_by_attributes_and_not_without_end() -> None:
+    first: Link | None = None
+    for _ in range(FARTHEST):
+        first = Link(first)
+    assert first is not None and first.after is not None
+    watch = Watch(lambda x: x * first.after.scale)
+    version = watch.version()
+    first.count = first.after.count = 1
+    assert watch.version() == version
+    first.after.scale = 3.0
+    assert watch.version() != version
