@@ -73,15 +73,21 @@ class Scope:
 def views_of(model: Any) -> list[View]:
     """The views of all that the code of a model can reach."""
     scope, reached = Scope(set(_ENTRIES), set(_classes_of(model))), {id(model): model}
-    while True:
-        known = len(scope.names), len(reached)
-        views = [view for thing in reached.values() if (view := _view(thing, scope))]
-        for view in views:
-            if isinstance(view.thing, FunctionType):
-                scope.names |= _loads(view.thing.__code__)[0]
-            reached |= {id(x): x for x in view.look() if id(x) not in reached}
-        if (len(scope.names), len(reached)) == known or len(reached) > FARTHEST:
-            return views
+    known = 0
+    views: list[View] = []
+    while known < len(scope.names):  # of which code that is found has more
+        known, views, things = len(scope.names), [], [*reached.values()]
+        for thing in things:
+            if (view := _view(thing, scope)) is None:
+                continue
+            views.append(view)
+            if isinstance(thing, FunctionType):
+                scope.names |= _loads(thing.__code__)[0]
+            new = {id(x): x for x in view.look() if id(x) not in reached}
+            if len(reached) < FARTHEST:
+                reached |= new
+                things += new.values()
+    return views
 
 
 def _classes_of(model: Any) -> Sequence[type]:
