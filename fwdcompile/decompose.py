@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
-from operator import getitem
 from typing import Any
 from unittest import mock
 
-from torch import fx
 from torch._export.utils import _special_op_to_preserve_cia
 from torch._ops import OperatorBase, OpOverload
 from torch.export import exported_program
@@ -29,20 +27,9 @@ def decompose(exported: ExportedProgram) -> ExportedProgram:
     ops for that time: most of what the capture of a short function took. Here the tables are made
     once, and of composite ops hold those only that torch would not take apart by itself.
     """
-    if all(map(_stays, exported.graph.nodes)):
-        return exported
     with mock.patch.object(exported_program, _TABLES, _tables):
         decomposed: ExportedProgram = exported.run_decompositions({})
     return decomposed
-
-
-def _stays(node: fx.Node) -> bool:
-    """Whether torch would leave a node as it is."""
-    op: Any = node.target
-    if node.op != "call_function" or op is getitem:
-        return node.op != "get_attr"
-    whole = op in rule.table and op not in rule.lowerings
-    return whole and not op._schema.is_mutable
 
 
 def _tables(_: Table) -> tuple[Table, Table]:

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 import fwdcompile
 from fwdcompile import rule
 from fwdcompile.capture import capture
-from fwdcompile.decompose import _tables, decompose
+from fwdcompile.decompose import decompose
 
 X = torch.linspace(0.1, 0.9, 12).reshape(3, 4)
 TOKENS = torch.arange(10).reshape(2, 5)
@@ -96,21 +96,3 @@ def test_ops_of_torch_are_as_before() -> None:
     exported = torch.export.export(nn.Linear(4, 2), (X,))
     assert linear not in {n.target for n in exported.run_decompositions().graph.nodes}
     assert linear in {n.target for n in decompose(exported).graph.nodes}
-
-
-@pytest.mark.parametrize(
-    ("function", "whole"),
-    [
-        (lambda x: x.sin() * x, True),
-        (lambda x: x.split(1)[0].exp(), True),
-        (lambda x: x.clone().sin_(), False),
-        (lambda x: x.as_strided((2,), (1,)), False),
-    ],
-)
-def test_what_has_rows_alone_is_not_taken_apart(function: Any, whole: bool) -> None:
-    x = torch.linspace(0.1, 1, 4, dtype=torch.float64).view(2, 2)
-    tables = mock.patch("fwdcompile.decompose._tables", side_effect=_tables)
-    with tables as made:
-        _, y_dot = fwdcompile.jvp(function, (x,), (x,))
-    assert made.called != whole
-    torch.testing.assert_close(y_dot, torch.func.jvp(function, (x,), (x,))[1])
