@@ -68,10 +68,6 @@ class Shown:
         """The graphs after `capture`, `transform` and `simplify` of the program generated last."""
         return self._latest().stages
 
-    def __repr__(self) -> str:
-        inputs = ", ".join(f"{slot.kind} {slot.name}" for slot in self.program.inputs)
-        return f"<Lowered {self.program.title}({inputs}), {len(self.program.graph.nodes)} nodes>"
-
     def graph(self) -> nx.DiGraph[str]:
         """The program generated last as a networkx graph."""
         return self._latest().graph()
