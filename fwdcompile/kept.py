@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
+from types import BuiltinMethodType, MethodType
 from typing import Any
 
 from .errors import TangentError
@@ -15,7 +16,10 @@ _kept: OrderedDict[tuple[Any, ...], Forward] = OrderedDict()
 
 def forward_of(func: Callable[..., Any], **options: Any) -> Forward:
     """The transform of a function; those of the last 32 functions are kept, and what they hold."""
-    key = (func if _is_hashable(func) else id(func), *options.items())
+    # a bound method is another object each time it is asked for; equal objects of other kinds may
+    # differ in what they compute, and those in the table are alive, so that no id comes twice
+    named = isinstance(func, MethodType | BuiltinMethodType)
+    key = (func if named else id(func), *options.items())
     forward = _kept.pop(key, None) or Forward(func, **options)
     _kept[key] = forward
     if len(_kept) > _MOST:
@@ -34,14 +38,6 @@ def with_aux(out: Any) -> tuple[Any, Any]:
             f"has_aux=True: the function must return a tuple (output, aux), not {_kind(out)}"
         )
     return out
-
-
-def _is_hashable(thing: Any) -> bool:
-    try:
-        hash(thing)
-    except TypeError:
-        return False
-    return True
 
 
 def _kind(thing: Any) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -63,6 +63,36 @@ def test_a_function_without_a_hash() -> None:
         _, y_dot = fwdcompile.jvp(power, (X,), (torch.ones_like(X),))
         torch.testing.assert_close(y_dot, power.of * X ** (power.of - 1))
         torch.testing.assert_close(fwdcompile.jacfwd(power)(X), y_dot.diag())
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """Equal to any other."""
+
+    by: Tensor = field(compare=False)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x * self.by
+
+
+def test_equal_functions_may_compute_something_else() -> None:
+    for by in (2 * torch.ones(3), 3 * torch.ones(3)):
+        _, y_dot = fwdcompile.jvp(Scaled(by), (X.float(),), (torch.ones(3),))
+        torch.testing.assert_close(y_dot, by)
+
+
+def test_a_bound_method_is_captured_once() -> None:
+    class Counts:
+        calls = 0
+
+        def __call__(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            return x.sin()
+
+    counts = Counts()
+    for _ in range(3):
+        fwdcompile.jvp(counts.__call__, (X,), (X,))
+    assert counts.calls == 1
 
 
 def test_functions_of_long_ago_are_forgotten() -> None:
