@@ -9,7 +9,7 @@ from torch.utils import _pytree as pytree
 
 from .errors import TangentError
 from .forward import Forward
-from .kept import forward_of, with_aux
+from .kept import check_aux, forward_of
 from .parts import Model, input_leaves
 from .simplify import PASSES
 
@@ -105,9 +105,10 @@ def jvp(
     forward = forward_of(func)
     y, y_dot = forward(*primals, tangents=dict(zip(names, dots, strict=True)))
     if has_aux:
-        with_aux(y)
-    still = [slot.name for node, slot in forward.program.results() if node.meta.get("absent")]
-    still = [name for name in still if not (has_aux and name.split(".")[1] == "1")]
-    if strict and still:
-        raise TangentError(f"{', '.join(still)} does not depend on the primals")
+        check_aux(y)
+    if strict:
+        still = [slot.name for node, slot in forward.program.results() if node.meta.get("absent")]
+        still = [name for name in still if not (has_aux and name.split(".")[1] == "1")]
+        if still:
+            raise TangentError(f"{', '.join(still)} does not depend on the primals")
     return (y[0], y_dot[0], y[1]) if has_aux else (y, y_dot)

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from .errors import TangentError
 from .forward import Forward
-from .kept import forward_of, with_aux
+from .kept import check_aux, forward_of
 from .parts import arguments_of, input_leaves
 from .program import is_differentiable, is_random
 
@@ -49,8 +49,8 @@ def jacfwd(
     Raises:
         ValueError: `chunk_size` is not positive, or `argnums` is no int and no tuple of ints.
         TangentError: a chosen argument is not there, chosen twice, or has a leaf that is no float;
-            `has_aux` and `func` does not return two things; or `func`
-            draws random numbers or writes to buffers, and would so for each chunk anew.
+            `has_aux` and `func` does not return two things; or `func` draws random numbers or
+            writes to buffers, and would so for each chunk anew.
 
     Example:
         >>> fwdcompile.jacfwd(lambda x: x ** 2)(torch.arange(3.0))
@@ -68,9 +68,10 @@ def jacfwd(
 
     def jacobian(*args: Any, **kwargs: Any) -> Any:
         picked = tuple(_argument(args, number) for number in numbers)
-        if len({number % len(args) for number in numbers}) < len(numbers):
+        places = [number % len(args) for number in numbers]
+        if len(set(places)) < len(places):
             raise TangentError(f"argnums {argnums} name an argument twice")
-        inputs = _leaves_of(model.base, args, kwargs, [number % len(args) for number in numbers])
+        inputs = _leaves_of(model.base, args, kwargs, places)
         bases = {name: _axes(name, x) for name, x in inputs.items()}
         chunks = {n: torch.split(basis, chunk_size or len(basis)) for n, basis in bases.items()}
         run = functools.partial(model, *args, **kwargs)
@@ -86,7 +87,7 @@ def jacfwd(
             for each in zip(*columns, strict=True)
         ]
         if has_aux:
-            with_aux(y)
+            check_aux(y)
         whole = pytree.tree_unflatten(blocks, pytree.tree_structure(y))
         return (whole[0], y[1]) if has_aux else whole
 

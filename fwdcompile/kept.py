@@ -27,17 +27,16 @@ def forward_of(func: Callable[..., Any], **options: Any) -> Forward:
     return forward
 
 
-def with_aux(out: Any) -> tuple[Any, Any]:
-    """The output of a function that gives `(output, aux)`.
+def check_aux(out: Any) -> None:
+    """Refuses what is no `(output, aux)`.
 
     Raises:
-        TangentError: it gives something else.
+        TangentError: a function gives something else, and has been called with `has_aux`.
     """
     if not isinstance(out, tuple) or len(out) != 2:
         raise TangentError(
             f"has_aux=True: the function must return a tuple (output, aux), not {_kind(out)}"
         )
-    return out
 
 
 def _kind(thing: Any) -> str:
