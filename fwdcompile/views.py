@@ -105,7 +105,7 @@ def is_viewed_as_items(thing: Any) -> bool:
 
 
 def _view(thing: Any, scope: Scope) -> View | None:
-    if isinstance(thing, Tensor) or not isinstance(thing, tuple(_VIEWS)):
+    if isinstance(thing, Tensor):
         return None
     return next(view(thing, scope) for kind, view in _VIEWS.items() if isinstance(thing, kind))
 
@@ -152,9 +152,9 @@ def _of_object(thing: Any, scope: Scope) -> View | None:
     space = getattr(thing, "__dict__", {})
     if _is_library(thing.__name__ if kind is ModuleType else kind.__module__):
         return None
-    slots = {key: s for base in kind.__mro__ for key, s in vars(base).items() if _is_slot(s)}
+    slots = {key: x for base in kind.__mro__ for key, x in vars(base).items() if _is_slot(x)}
     keys = [key for key in space if key in scope.names]
-    kept = [slots[key] for key in slots if key in scope.names and hasattr(thing, key)]
+    kept = [x for key, x in slots.items() if key in scope.names and hasattr(thing, key)]
 
     def look() -> list[Any]:
         return [*(space[key] for key in keys), *(slot.__get__(thing) for slot in kept), kind]
@@ -165,8 +165,9 @@ def _of_object(thing: Any, scope: Scope) -> View | None:
 def _of_items(thing: Any, scope: Scope) -> View | None:
     if len(thing) > LONGEST:
         return None
-    items = thing.items if isinstance(thing, dict) else None
-    return View(thing, (), lambda: [x for pair in items() for x in pair] if items else list(thing))
+    if isinstance(thing, dict):
+        return View(thing, (), lambda: [*thing, *thing.values()])
+    return View(thing, (), lambda: [*thing])
 
 
 def _of_script(script: Any, scope: Scope) -> View:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from enum import Enum
 from operator import is_
 from typing import Any
@@ -85,9 +86,9 @@ class Watch:
     def _number(self) -> None:
         before = self._tokens
         self._see()
-        many = len(self._versions) >= _MANY
-        self._version = self._versions.setdefault(tuple(self._tokens), len(self._versions))
-        if len(self._versions) == _MANY and not many:
+        count = len(self._versions)
+        self._version = self._versions.setdefault(tuple(self._tokens), count)
+        if len(self._versions) == _MANY > count:
             warnings.warn(
                 f"{_MANY} programs have been captured, one for each state of the model; last "
                 f"{self._changed(before)} changed. Make it a buffer, or an input.",
@@ -106,11 +107,9 @@ class _Same:
 
     def __init__(self, thing: Any) -> None:
         self._id = id(thing)
-        self._thing: Any = lambda: thing
-        try:
+        self._thing: Callable[[], Any] = lambda: thing
+        with suppress(TypeError):
             self._thing = weakref.ref(thing)
-        except TypeError:
-            self._thing = lambda: thing
 
     def __hash__(self) -> int:
         return self._id

@@ -110,7 +110,10 @@ def test_eager_calls_do_not_trace() -> None:
 
 def test_a_scan_is_captured_without_a_word(caplog: pytest.LogCaptureFixture) -> None:
     x = torch.ones(3)
-    function = lambda x: scan(lambda c, _: (0.9 * c + x, c.clone()), x.clone(), torch.zeros(5))[0]  # noqa: E731
+
+    def function(x: Tensor) -> Tensor:
+        return scan(lambda c, _: (0.9 * c + x, c.clone()), x.clone(), torch.zeros(5))[0]
+
     with caplog.at_level("ERROR"):
         fwdcompile.jvp(function, (x,), (x,))
     assert not caplog.records

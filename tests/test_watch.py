@@ -138,10 +138,6 @@ class Called:
         return self.scale * self.net(x)
 
 
-def scaled(x: Tensor, net: nn.Module, scale: float) -> Tensor:
-    return scale * net(x)
-
-
 def test_objects_that_are_called_and_methods_are_followed() -> None:
     called = Called(nn.Dropout(0.5))
     for model in (called, called.__call__, functools.partial(called)):
