@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -205,7 +205,7 @@ class Forward(Lowering):
             raise TangentError("inner transforms have one direction, not a batch: give inner=")
         if inner is None:
             return [dots[0]] * count
-        levels = [inner] if isinstance(inner, Mapping) else list(inner)
+        levels, _ = by_direction(inner)
         if len(levels) != count:
             raise TangentError(f"inner needs tangents for {count} inner transforms")
         return [dense(check_tangents(level, values, tied)) for level in levels]
