@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -188,6 +188,47 @@ def _tangent(slot: Slot, directions: Sequence[Tangents]) -> Tensor:
     return getattr(dot, slot.factor) if slot.factor else dot  # type: ignore[return-value]
 
 
+def refuse_shared(slots: Iterable[Slot], changed: Collection[str], tensors: Iterable[Any]) -> None:
+    """Refuses a call in which what is written to is read by another name.
+
+    Args:
+        slots: the inputs of the program.
+        changed: names of the buffers and inputs that the program gives new values.
+        tensors: of the call, as by `arrange`.
+
+    Raises:
+        TangentError: a tensor that is written to shares memory with another one.
+    """
+    if not changed:
+        return
+    memory: dict[int, list[tuple[str, Tensor]]] = {}
+    given = [slot for slot in slots if slot.kind != "constant"]
+    for slot, x in zip(given, tensors, strict=True):
+        if slot.kind != "tangent":
+            memory.setdefault(x.untyped_storage()._cdata, []).append((slot.name, x))
+    for named in (shared for shared in memory.values() if len(shared) > 1):
+        for name, x in (pair for pair in named if pair[0] in changed):
+            for other, y in named:
+                if other != name and _overlap(x, y):
+                    raise TangentError(
+                        f"the model writes to {name!r}, which shares memory with {other!r}: what "
+                        "is captured takes them for two tensors. Give it a clone of one of them."
+                    )
+
+
+def _overlap(x: Tensor, y: Tensor) -> bool:
+    """Whether the stretches of one storage overlap in which two tensors lie."""
+    (first, end), (other, other_end) = map(_stretch, (x, y))
+    return first < other_end and other < end
+
+
+def _stretch(x: Tensor) -> tuple[int, int]:
+    """Where in its storage a tensor begins and ends, in bytes."""
+    start = int(x.storage_offset()) * x.element_size()
+    last = sum((int(n) - 1) * int(stride) for n, stride in zip(x.shape, x.stride(), strict=True))
+    return start, start + (last + 1) * x.element_size() * bool(x.numel())
+
+
 @torch.no_grad()
 def store(slots: Sequence[Slot], outs: Sequence[Tensor], values: Mapping[str, Any]) -> None:
     """Writes new values of buffers and inputs that the model changes in place."""
@@ -201,6 +242,8 @@ def signature_of(x: Any) -> Any:
     if isinstance(x, Tensor):
         _check_dense(x)
         return x.shape, x.stride(), x.dtype, x.device
+    if isinstance(x, float | complex):
+        return type(x), repr(x)  # tells 0.0 and -0.0 apart, and no NaN from another
     try:
         hash(x)
     except TypeError:

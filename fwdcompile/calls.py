@@ -93,6 +93,22 @@ def settle(graph: fx.Graph) -> None:
             _settle_carried(node, wanted)
 
 
+def own_results(program: Program) -> None:
+    """Gives results memory of their own where the caller writes to what they show.
+
+    Before: `return (p, x)`, the new values of the buffers q and p, where p is the old value of p.
+    After: `return (clone(p), x)`. Who writes one result after the other has the old value of each.
+
+    Requires values on each node. Ensures that numbers stay the same.
+    """
+    written = {node for node, slot in program.placeholders() if slot.name in program.changed}
+    if written:
+        outputs = output_nodes(program.graph)
+        end = program.graph.output_node()
+        owned = [_clone(x, value(x), end) if _owner(x) in written else x for x in outputs]
+        set_outputs(program.graph, owned)
+
+
 def _settle_target(node: fx.Node) -> None:
     target: Any = node.args[0]
     x = value(target)

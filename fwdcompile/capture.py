@@ -38,11 +38,11 @@ from .parts import (
     input_leaves,
     modules_of,
     named_state,
-    register_dataclasses,
 )
 from .program import Program, is_differentiable
 from .reverse import recorded
 from .scripts import scripts_as_modules
+from .sharing import tell_shared_memory
 from .sizes import open_first, thaw
 from .state import (
     Attributes,
@@ -146,29 +146,28 @@ class Root(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the model, writes to the buffers that it assigns, registers dataclasses."""
-        with self.attributes.watched():
-            out = self._called[0](*args, **kwargs)
-        register_dataclasses(out)
-        return out
+        return self.attributes.called(self._called[0], *args, **kwargs)
 
 
 def _distinct(
     model: Model, named: Sequence[tuple[str, Any]], active: Collection[str]
 ) -> tuple[list[Any], list[Tensor]]:
-    """The leaves of the inputs with every tensor an object of its own; those that are `active`.
+    """The leaves of the inputs with memory of their own, and those that are `active`.
 
-    Export takes equal objects for one, heeds the sizes that a tensor says are open, and leaves such
-    marks where it fails. Parameters and buffers may be active as well.
+    Export takes equal objects for one, fails where it sees a write to memory that is shared, heeds
+    the sizes that a tensor says are open, and leaves such marks where it fails. Parameters and
+    buffers may be active as well.
     """
     state = named_state(model, "parameter") | named_state(model, "buffer")
-    seen = {id(x) for x in state.values()}
+    seen = {x.untyped_storage()._cdata for x in state.values() if x.layout is torch.strided}
 
     def fresh(x: Any) -> Any:
         if not isinstance(x, Tensor):
             return x
-        if id(x) in seen:
-            return torch.empty_like(x, requires_grad=x.requires_grad)
-        seen.add(id(x))
+        if (memory := x.untyped_storage()._cdata) in seen:
+            apart = x.new_empty_strided(x.shape, x.stride())
+            return apart.requires_grad_(x.requires_grad)
+        seen.add(memory)
         return x.detach().requires_grad_(x.requires_grad)
 
     leaves = [(name, fresh(x)) for name, x in named]
@@ -206,6 +205,7 @@ def _export(
             with preserve_node_meta():  # the source lines in the branches of a torch.cond
                 exported = recorded(root, args, kwargs, shapes)
             refuse_hidden_writes(exported)
+            tell_shared_memory(exported)
             thaw(exported.graph)
             return decompose(exported), literals_of(exported)
     except CaptureError:

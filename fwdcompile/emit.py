@@ -39,6 +39,7 @@ def emit(program: Program, passes: Sequence[str] = ()) -> str:
         functions in front of `forward`.
     """
     names = function_names(program.graph)
+    plain = {name: repr(x) for name, x in program.plain.items()}
     lines = [
         f'"""{_summary(program)}',
         "",
@@ -64,6 +65,7 @@ def emit(program: Program, passes: Sequence[str] = ()) -> str:
         f"{', size' * any(slot.size for slot in program.inputs)}.",
         *_table("INPUTS", program.inputs),
         *_table("OUTPUTS", program.outputs),
+        *([f"PLAIN = {quoted(plain)}"] if plain else []),
         f"STRUCTURE = {quoted(structure(program.out_spec))}",
     ]
     return "\n".join(lines) + "\n"

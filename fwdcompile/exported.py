@@ -45,7 +45,7 @@ def adopted(exported: ExportedProgram, model: Model, paths: list[str]) -> Progra
     results: Any = graph.graph_copy(exported.graph, {})
     _mark_sources(graph)
     aliases = aliases_of(model)
-    inputs = _inputs(graph, exported, iter(paths), aliases)
+    inputs, plain = _inputs(graph, exported, iter(paths), aliases)
     nodes, slots, leaves = _outputs(results, exported, inputs, aliases)
     graph.output(tuple(nodes))
     _rename(graph, {node: identifier(_qualified(slot.name)) for slot, node in inputs.items()})
@@ -58,6 +58,7 @@ def adopted(exported: ExportedProgram, model: Model, paths: list[str]) -> Progra
         getattr(model, "__qualname__", type(model).__name__),
         {s.name: exported.constants[s.name] for s in inputs if s.kind == "constant"},
         aliases,
+        plain=plain,
     )
 
 
@@ -108,18 +109,21 @@ def _qualified(target: str) -> str:
 
 def _inputs(
     graph: fx.Graph, exported: ExportedProgram, names: Iterator[str], aliases: dict[str, str]
-) -> dict[Slot, fx.Node]:
+) -> tuple[dict[Slot, fx.Node], dict[str, Any]]:
+    """The placeholders that stay, by what they stand for, and plain arguments by their names."""
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     inputs: dict[Slot, fx.Node] = {}
+    plain: dict[str, Any] = {}
     for node, spec in zip(placeholders, exported.graph_signature.input_specs, strict=True):
         slot = _input_slot(node, spec, names, aliases)
         if not isinstance(spec.arg, ConstantArgument) and slot not in inputs:
             inputs[slot] = node
             continue
-        constant = getattr(spec.arg, "value", None)
-        node.replace_all_uses_with(inputs.get(slot, constant))
+        if slot not in inputs:
+            plain[slot.name] = getattr(spec.arg, "value", None)
+        node.replace_all_uses_with(inputs.get(slot, plain.get(slot.name)))
         graph.erase_node(node)
-    return inputs
+    return inputs, plain
 
 
 def _input_slot(

@@ -19,6 +19,7 @@ from .binding import (
     check_name,
     check_tangents,
     dense,
+    refuse_shared,
     results,
     store,
 )
@@ -101,6 +102,7 @@ class Forward(Lowering):
         if self.compile and self.dynamic:
             mark_open(lowered.program, values, dots)
         tensors = arrange(lowered.program.inputs, values, dots)
+        refuse_shared(lowered.program.inputs, lowered.program.changed, tensors)
         refuse_autograd(lowered.program, tensors)
         with without_casts():
             outs = lowered.function(*tensors)
@@ -114,7 +116,9 @@ class Forward(Lowering):
         if lowered.program.calls:
             raise refused(lowered.program.sealed)
         with torch.compiler.set_stance("force_eager"), without_casts():
-            outs = lowered.function(*arrange(lowered.program.inputs, values, dots))
+            tensors = arrange(lowered.program.inputs, values, dots)
+            refuse_shared(lowered.program.inputs, lowered.program.changed, tensors)
+            outs = lowered.function(*tensors)
         store(lowered.program.outputs, outs, values)
         return outs
 

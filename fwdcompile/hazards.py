@@ -173,7 +173,7 @@ def refuse_hidden_writes(exported: ExportedProgram) -> None:
     for node in (node for module in modules for node in module.graph.nodes):
         if node.target is aten.detach_.default and not _is_new(node.args[0]):
             raise _taken_off(user_line(node))
-        for written in _written(node):
+        for written in written_by_node(node):
             detached, origin = _origin(written)
             if detached and origin.name not in buffers and is_differentiable(value(written)):
                 raise _hidden(node.target, user_line(node))
@@ -255,7 +255,7 @@ def _told(where: str, op: Any, effect: str, instead: str) -> CaptureError:
     )
 
 
-def _written(node: fx.Node) -> list[fx.Node]:
+def written_by_node(node: fx.Node) -> list[fx.Node]:
     """The arguments that a node's op writes to."""
     if node.op != "call_function" or not isinstance(node.target, OpOverload):
         return []

@@ -10,8 +10,8 @@ import torch
 
 from .autocast import casts, without_casts
 from .batch import batch
-from .binding import call_values, signature_of
-from .calls import settle
+from .binding import call_values
+from .calls import own_results, settle
 from .capture import capture
 from .custom import FUNCTION, dissolve
 from .errors import TangentError
@@ -24,7 +24,7 @@ from .inside import (
 )
 from .lowered import Function, Lowered, Shown, generate
 from .nesting import as_primal, tie
-from .parts import Derived, Model, modules_of
+from .parts import Derived, Model
 from .program import Program
 from .pushforward import derive
 from .remake import remake
@@ -90,7 +90,7 @@ class Lowering(Derived, Shown):
     def _lowered(self, args: Sequence[Any], kwargs: Mapping[str, Any], request: Request) -> Lowered:
         if is_capturing():
             refuse_open_sizes((args, kwargs))
-        key = (self._state_key(), request, *inputs_key(args, kwargs))
+        key = (self.state_key(), request, *inputs_key(args, kwargs))
         if key not in self._cache or self._cache[key].program.is_stale:
             if is_capturing():
                 self._ask(key, args, kwargs, request)
@@ -127,10 +127,9 @@ class Lowering(Derived, Shown):
                 return lowered
         return None
 
-    def _state_key(self) -> Any:
-        modules = modules_of(self.base).values()
-        state = (t for module in modules for t in (*module.parameters(), *module.buffers()))
-        return self.watch.version(), tuple(map(signature_of, state)), casts()
+    def state_key(self) -> Any:
+        """What decides which programs of the model are right, beside the inputs of a call."""
+        return self.watch.version(), self.watch.state(), casts(), torch.get_default_dtype()
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _lower(self, args: Sequence[Any], kwargs: Mapping[str, Any], request: Request) -> Lowered:
@@ -159,6 +158,7 @@ class Lowering(Derived, Shown):
         if not self.tracks_grad:
             detach_tangents(program.graph)
         settle(program.graph)
+        own_results(program)
         stages["simplify"] = program.graph
         program = replace(program, sealed=sealed)
         return generate(program, nestable, stages, self.passes, self._compiled)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -66,6 +67,7 @@ class Program:
         constants: values of the `constant` inputs, by name.
         aliases: second names of tied parameters, each with the name its value goes by.
         calls: of `torch.autograd.Function`, see `custom.py`.
+        plain: leaves of the arguments that are no tensors, by name; the program has them in it.
         literals: names of the constants that the model itself makes of numbers.
         fixed: tensors, with their versions, whose numbers decided what the program computes.
         sealed: why autograd cannot go through the program; empty where it can.
@@ -79,6 +81,7 @@ class Program:
     constants: dict[str, Tensor] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)
     calls: tuple[Any, ...] = ()
+    plain: dict[str, Any] = field(default_factory=dict)
     literals: frozenset[str] = frozenset()
     fixed: tuple[tuple[Tensor, int], ...] = ()
     sealed: str = ""
@@ -87,6 +90,11 @@ class Program:
     def is_stale(self) -> bool:
         """Whether someone has written to a tensor that decided."""
         return any(x._version != version for x, version in self.fixed)
+
+    @cached_property
+    def changed(self) -> frozenset[str]:
+        """The names of the buffers and inputs that the model writes to."""
+        return frozenset(s.name for s in self.outputs if s.kind in ("buffer", "input"))
 
     def placeholders(self) -> Iterator[tuple[fx.Node, Slot]]:
         """Pairs each placeholder with its slot."""

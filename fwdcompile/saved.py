@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import re
 from collections.abc import Mapping, Sequence
@@ -13,13 +14,14 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .autocast import without_casts
-from .binding import Tangents, arrange, by_direction, check_tangents, store
+from .binding import Tangents, arrange, by_direction, check_tangents, refuse_shared, store
 from .directions import RankOne
 from .emit import UNTRACKED, execute
 from .errors import TangentError
 from .inside import is_capturing, refused
 from .parts import named_state, tied_names
 from .program import Kind, Slot
+from .statements import shape_text
 
 _numbers = itertools.count()
 
@@ -32,6 +34,11 @@ class Saved:
         self._module = execute(self.code, f"fwdcompile_saved_{next(_numbers)}")
         self._inputs = tuple(Slot(*entry) for entry in self._module.INPUTS)
         self._outputs = tuple(Slot(*entry) for entry in self._module.OUTPUTS)
+        forward = self._module.forward
+        types = inspect.get_annotations(forward)
+        self._types = [types.get(name, "") for name in inspect.signature(forward).parameters]
+        self._plain: dict[str, str] = getattr(self._module, "PLAIN", {})
+        self._changed = {s.name for s in self._outputs if s.kind in ("buffer", "input")}
         self._state = dict(state)
         stored = [slot.name for slot in self._inputs if slot.kind in ("parameter", "buffer")]
         if missing := [name for name in stored if name not in self._state]:
@@ -41,6 +48,8 @@ class Saved:
         self, *args: Any, tangents: Tangents | Sequence[Tangents], **kwargs: Any
     ) -> tuple[Any, ...]:
         """Runs the program as `fwd(*args, tangents=..., **kwargs)` ran it.
+
+        What the model's Python code decided stays so: training or not, numbers in attributes.
 
         Args:
             args: the model's positional arguments, of the shapes the program was made for.
@@ -53,12 +62,13 @@ class Saved:
             as a dict of its fields.
 
         Raises:
-            TangentError: other names, shapes or dtypes than the program was made for.
+            TangentError: other names, shapes, dtypes or plain arguments than the program was made
+                for, or a tensor that is written to shares memory with another one.
             CaptureError: a model calls it that is captured, and autograd cannot go through it.
         """
         if is_capturing():
             self._refuse_sealed()
-        values = self._values([x for x in pytree.tree_leaves((args, kwargs)) if _is_tensor(x)])
+        values = self._values(pytree.tree_leaves((args, kwargs)))
         tied = tied_names(self._state)
         each, several = by_direction(tangents)
         moved = [slot for slot in self._inputs if slot.kind == "tangent"]
@@ -72,8 +82,10 @@ class Saved:
         }
         if wanted != given:
             raise TangentError(f"the program takes tangents {_told(wanted)}, not {_told(given)}")
+        tensors = arrange(self._inputs, values, dots)
+        refuse_shared(self._inputs, self._changed, tensors)
         with without_casts():
-            outs = self._module.forward(*arrange(self._inputs, values, dots))
+            outs = self._module.forward(*tensors)
         store(self._outputs, outs, values)
         y = self._build(outs, "output")
         y_dots = tuple(self._build(outs, "tangent", k) for k in range(len(dots)))
@@ -85,12 +97,24 @@ class Saved:
         if sealed := re.search(f"^{UNTRACKED}(.*)\\.$", self.code, re.MULTILINE):
             raise refused(sealed[1])
 
-    def _values(self, leaves: list[Tensor]) -> dict[str, Any]:
+    def _values(self, leaves: list[Any]) -> dict[str, Any]:
+        """The tensors of a call by name, each checked against what the program declares."""
+        tensors = [x for x in leaves if isinstance(x, Tensor)]
         names = [slot.name for slot in self._inputs if slot.kind == "input"]
-        if len(names) != len(leaves):
+        if len(names) != len(tensors):
             raise TangentError(f"the program takes {len(names)} tensors ({', '.join(names)}), "
-                               f"not {len(leaves)}")  # fmt: skip
-        return self._state | dict(zip(names, leaves, strict=True))
+                               f"not {len(tensors)}")  # fmt: skip
+        plain = [repr(x) for x in leaves if not isinstance(x, Tensor)]
+        if plain != [*self._plain.values()]:
+            made = ", ".join(f"{name}={text}" for name, text in self._plain.items()) or "none"
+            raise TangentError(f"the program was made for plain arguments {made}, not {plain}")
+        values = self._state | dict(zip(names, tensors, strict=True))
+        sizes: dict[str, str] = {}
+        for slot, declared in zip(self._inputs, self._types, strict=True):
+            if slot.kind != "tangent" and not _fits(values[slot.name], declared, sizes):
+                given = shape_text(values[slot.name])
+                raise TangentError(f"the program takes {slot.name!r} as {declared}, not {given}")
+        return values
 
     def _build(self, outs: Sequence[Any], kind: Kind, direction: int = 0) -> Any:
         """The results of a kind in the model's structure."""
@@ -130,6 +154,24 @@ def load(path: str | Path, model: nn.Module | Mapping[str, Tensor] | None = None
     return Saved(path, state)
 
 
+def _fits(x: Tensor, declared: str, sizes: dict[str, str]) -> bool:
+    """Whether a tensor is of a declared type, such as `f32[n, 3]`, where `sizes` has each n."""
+    if not declared:
+        return True
+    (dtype, dims), (given, lengths) = map(_parts, (declared, shape_text(x)))
+    if (dtype, len(dims)) != (given, len(lengths)):
+        return False
+    pairs = [(sizes.setdefault(d, n) if d.isidentifier() else d, n)
+             for d, n in zip(dims, lengths, strict=True)]  # fmt: skip
+    return all(size == n or not size.isdecimal() for size, n in pairs)
+
+
+def _parts(declared: str) -> tuple[str, list[str]]:
+    """The dtype and the sizes in a declared type."""
+    dtype, _, dims = declared.partition("[")
+    return dtype, dims.removesuffix("]").split(", ") if dims else []
+
+
 def _told(tangents: set[tuple[str, int, bool, int]]) -> str:
     return ", ".join(
         f"{name!r} ({'RankOne, ' if factors else ''}direction {k}{f', {size} each' * bool(size)})"
@@ -139,7 +181,3 @@ def _told(tangents: set[tuple[str, int, bool, int]]) -> str:
 
 def _fixed(text: str) -> Any:
     return eval(text, {"torch": torch, "inf": float("inf"), "nan": float("nan")})
-
-
-def _is_tensor(x: Any) -> bool:
-    return isinstance(x, Tensor)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
@@ -12,9 +12,11 @@ from unittest import mock
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
 from .errors import CaptureError
 from .hazards import here, is_user_file
+from .parts import register_dataclasses
 from .program import Program
 
 _STANDARD = ("_parameters", "_buffers", "_modules")
@@ -45,10 +47,31 @@ class Attributes:
                 if isinstance(x, Tensor) and id(x) in homes:
                     self._listed.append((container, key, *homes[id(x)]))
 
+    def called(self, model: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """What a call gives, in which the assignment of a buffer is a write: `self.mean.copy_(m)`.
+
+        The buffers are written last, and what is given shows none of them.
+        """
+        before = [(module, dict(module._buffers)) for module in self._modules]
+        with self._watched():
+            out = model(*args, **kwargs)
+        register_dataclasses(out)
+        writes = [
+            (module, name, old, _copy_of_new(module, name, old))
+            for module, buffers in before
+            for name, old in buffers.items()
+            if module._buffers.get(name) is not old
+        ]
+        if writes:
+            out = pytree.tree_map(_copied, out)
+        for module, name, old, new in writes:
+            old.copy_(new)  # type: ignore[union-attr]
+            module._buffers[name] = old
+        return out
+
     @contextmanager
-    def watched(self) -> Iterator[None]:
-        """Lets lists and dicts hold what the attributes are now; makes assignments writes."""
-        buffers = [(module, dict(module._buffers)) for module in self._modules]
+    def _watched(self) -> Iterator[None]:
+        """Lets lists and dicts hold what the attributes are now; notes what is assigned."""
         others = [(module, dict(vars(module))) for module in self._modules]
         before = [container[key] for container, key, *_ in self._listed]
         for container, key, module, name in self._listed:
@@ -56,9 +79,6 @@ class Attributes:
         yield
         for (container, key, *_), x in zip(self._listed, before, strict=True):
             container[key] = x
-        for module, found in buffers:
-            for name, old in found.items():
-                _write_back(module, name, old)
         for module, attributes in others:
             for name, thing in attributes.items():
                 if isinstance(thing, Tensor) and vars(module).get(name) is not thing:
@@ -80,11 +100,9 @@ class Attributes:
                 vars(module).update(found)
 
 
-def _write_back(module: nn.Module, name: str, old: Tensor | None) -> None:
-    """Turns the assignment of a buffer into a write: `self.mean = m` into `self.mean.copy_(m)`."""
+def _copy_of_new(module: nn.Module, name: str, old: Any) -> Tensor:
+    """What a module has assigned to its buffer, if that is like the old value."""
     new = module._buffers.get(name)
-    if new is old:
-        return
     alike = isinstance(new, Tensor) and isinstance(old, Tensor)
     if not alike or (new.shape, new.dtype) != (old.shape, old.dtype):  # type: ignore[union-attr]
         raise CaptureError(
@@ -92,8 +110,11 @@ def _write_back(module: nn.Module, name: str, old: Tensor | None) -> None:
             "dtype, or is no tensor: a program cannot keep that.\n  Register it with the shape and "
             "dtype that it has in the end."
         )
-    old.copy_(new)  # type: ignore[union-attr,arg-type]
-    module._buffers[name] = old
+    return new.clone()  # type: ignore[union-attr]
+
+
+def _copied(leaf: Any) -> Any:
+    return leaf.clone() if isinstance(leaf, Tensor) else leaf
 
 
 def refuse_constants(

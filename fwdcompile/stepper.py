@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from .autocast import casts, without_casts
-from .binding import arrange, signature_of, state_homes
+from .autocast import without_casts
+from .binding import arrange, refuse_shared, signature_of, state_homes
 from .compiling import Replayed, compiled_step, replays
 from .directions import Directions
 from .drawing import Draw, Drawn, Kinds
@@ -20,7 +21,7 @@ from .forward import StepForward
 from .lowered import Lowered
 from .objective import Objective
 from .parts import Model, input_leaves, modules_of
-from .program import Reached, value
+from .program import Reached, Slot, value
 from .redraw import Redraw
 from .sizes import mark_open
 
@@ -36,15 +37,25 @@ class Plan:
     state: dict[str, tuple[dict[str, Any], str]]
     leaves: dict[str, int]
 
+    @cached_property
+    def slots(self) -> list[Slot]:
+        """What `tensors` stand for."""
+        return [s for s in self.lowered.program.inputs if s.kind not in ("tangent", "constant")]
+
     def tensors(self, inputs: Sequence[Any]) -> list[Tensor]:
-        """What the program reads, in its order; state is looked up anew, it may be replaced."""
+        """What the program reads, in its order; state is looked up anew, it may be replaced.
+
+        Raises:
+            TangentError: one that the program writes to shares memory with another.
+        """
         found = []
-        for slot in self.lowered.program.inputs:
-            if slot.kind in ("parameter", "buffer"):
+        for slot in self.slots:
+            if slot.kind == "input":
+                found.append(inputs[self.leaves[slot.name]])
+            else:
                 home, key = self.state[slot.name]
                 found.append(home[key])
-            elif slot.kind == "input":
-                found.append(inputs[self.leaves[slot.name]])
+        refuse_shared(self.slots, self.lowered.program.changed, found)
         return found
 
     def written(self, inputs: Sequence[Any]) -> tuple[list[Tensor], list[Tensor]]:
@@ -157,8 +168,8 @@ class Stepper:
 
     def _plan(self, inputs: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Plan, list[Any]]:
         leaves, spec = _flatten(inputs, kwargs)
-        watch = self._forward.watch
-        key = (tuple(map(signature_of, leaves)), spec, watch.version(), watch.trained(), casts())
+        state = self._forward.state_key(), self._forward.watch.trained()
+        key = (tuple(map(signature_of, leaves)), spec, state)
         if key not in self._plans or self._plans[key].lowered.program.is_stale:
             self.objective.check(inputs, kwargs)
             lowered = self._forward.lower(*inputs, **self._asked(), **kwargs)

@@ -2,7 +2,8 @@
 
 From the model on, each thing is followed to those that its code can reach: the attributes that it
 loads, the globals and variables of its functions, modules within modules, hooks, items of lists.
-Of other objects than the model and modules the attributes count, and not what their methods do.
+Of other objects than the model and modules the attributes count that code loads by name, and those
+that their own methods load which are called by name; not what these call in turn.
 Code of torch, numpy and Python's own library is taken to stay as it is.
 """
 
@@ -11,8 +12,9 @@ from __future__ import annotations
 import dis
 import functools
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Sequence, Set
+from dataclasses import dataclass, field
 from types import (
     CellType,
     CodeType,
@@ -25,6 +27,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.jit import ScriptModule
+from torch.nn.modules import module as torch_module
 
 from .objective import Objective
 from .parts import Derived
@@ -32,7 +35,14 @@ from .scripts import Scripted
 
 LONGEST = 64  # items of a list or dict that is looked at
 FARTHEST = 4096  # things that are followed, the nearest first
+_CONTAINERS = (list, tuple, dict, set, frozenset, deque)
 _ENTRIES = frozenset({"forward", "training", "__call__", "__getattr__", "__getitem__"})
+_OPERATIONS = frozenset(
+    {"__len__", "__iter__", "__contains__", "__bool__", "__float__", "__int__"}
+    | {"__mul__", "__rmul__", "__add__", "__radd__", "__sub__", "__rsub__", "__truediv__"}
+)
+_CODE = (FunctionType, property, staticmethod, classmethod, functools.cached_property)
+_HOOKS = (torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks)
 _LIBRARIES = {*sys.stdlib_module_names, "torch", "numpy", "fwdcompile"} - {"types", "argparse"}
 _OF_ALL_MODULES = frozenset(vars(nn.Module())) - {"training"}
 
@@ -64,26 +74,58 @@ class View:
 
 @dataclass
 class Scope:
-    """What code is known to load, and the classes whose methods are run."""
+    """What code is known to load, where, and the classes whose methods are run.
+
+    Attributes:
+        names: that any code loads.
+        run: classes whose methods are all taken to run.
+        at: for things by their id the names that are loaded by code which has them at hand.
+    """
 
     names: set[str]
     run: set[type]
+    at: dict[int, frozenset[str]] = field(default_factory=dict)
+
+    def size(self) -> int:
+        """Grows with what is known."""
+        return len(self.names) + sum(map(len, self.at.values()))
+
+    def within(self, thing: Any) -> Set[str]:
+        """The names that are loaded by code which has at hand what a thing holds."""
+        if isinstance(thing, FunctionType):
+            return _loads(thing.__code__)[0]
+        if isinstance(thing, nn.Module | type | ModuleType):
+            return self.names
+        if isinstance(thing, MethodType | functools.partial) or type(thing) in _CONTAINERS:
+            return self.at.get(id(thing), frozenset())
+        return self.loaded(thing)
+
+    def loaded(self, thing: Any) -> Set[str]:
+        """The names that are loaded by code which has a plain object at hand, its own included."""
+        called = self.at.get(id(thing), frozenset())
+        return called | _loads_of_methods(type(thing), called)
 
 
 def views_of(model: Any) -> list[View]:
     """The views of all that the code of a model can reach."""
-    scope, reached = Scope(set(_ENTRIES), set(_classes_of(model))), {id(model): model}
+    scope = Scope(set(_ENTRIES), set(_classes_of(model)))
+    reached = {id(thing): thing for thing in (model, *_HOOKS)}
     known = 0
     views: list[View] = []
-    while known < len(scope.names):  # of which code that is found has more
-        known, views, things = len(scope.names), [], [*reached.values()]
+    while known < scope.size():  # of which code that is found has more
+        known, views, things = scope.size(), [], [*reached.values()]
         for thing in things:
             if (view := _view(thing, scope)) is None:
                 continue
             views.append(view)
             if isinstance(thing, FunctionType):
                 scope.names |= _loads(thing.__code__)[0]
-            new = {id(x): x for x in view.look() if id(x) not in reached}
+            within = scope.within(thing)
+            new = {}
+            for x in view.look():
+                scope.at[id(x)] = scope.at.get(id(x), frozenset()) | within
+                if id(x) not in reached:
+                    new[id(x)] = x
             if len(reached) < FARTHEST:
                 reached |= new
                 things += new.values()
@@ -101,7 +143,7 @@ def _classes_of(model: Any) -> Sequence[type]:
 
 def is_viewed_as_items(thing: Any) -> bool:
     """Whether a thing is no more than what it holds."""
-    return type(thing) in (list, tuple, dict) and len(thing) <= LONGEST
+    return type(thing) in _CONTAINERS and len(thing) <= LONGEST
 
 
 def _view(thing: Any, scope: Scope) -> View | None:
@@ -153,8 +195,9 @@ def _of_object(thing: Any, scope: Scope) -> View | None:
     if _is_library(thing.__name__ if kind is ModuleType else kind.__module__):
         return None
     slots = {key: x for base in kind.__mro__ for key, x in vars(base).items() if _is_slot(x)}
-    keys = [key for key in space if key in scope.names]
-    kept = [x for key, x in slots.items() if key in scope.names and hasattr(thing, key)]
+    names = scope.names if kind is ModuleType else scope.names | scope.loaded(thing)
+    keys = [key for key in space if key in names]
+    kept = [x for key, x in slots.items() if key in names and hasattr(thing, key)]
 
     def look() -> list[Any]:
         return [*(space[key] for key in keys), *(slot.__get__(thing) for slot in kept), kind]
@@ -196,12 +239,27 @@ _VIEWS: dict[type, Callable[[Any, Scope], View | None]] = {
     property: _by("fget"),
     staticmethod: _by("__func__"),
     classmethod: _by("__func__"),
-    list: _of_items,
-    tuple: _of_items,
-    dict: _of_items,
+    **dict.fromkeys(_CONTAINERS, _of_items),
     type: _of_class,
     object: _of_object,
 }
+
+
+def _loads_of_methods(kind: type, names: Set[str]) -> set[str]:
+    """What the methods of a class load that have one of these names, or that such a one loads."""
+    own = {key: x for base in kind.__mro__ if not _is_library(base.__module__)
+           for key, x in vars(base).items() if _is_code(x)}  # fmt: skip
+    loaded, waiting = set[str](), own.keys() & (names | _OPERATIONS)
+    while waiting:
+        found = set().union(*(_loads(code)[0] for key in waiting for code in _codes(own.pop(key))))
+        loaded |= found
+        waiting = own.keys() & found
+    return loaded
+
+
+def _codes(method: Any) -> list[CodeType]:
+    parts = [getattr(method, part, None) for part in ("fget", "__func__", "func")]
+    return [f.__code__ for f in (method, *parts) if isinstance(f, FunctionType)]
 
 
 def _is_slot(thing: Any) -> bool:
@@ -209,7 +267,7 @@ def _is_slot(thing: Any) -> bool:
 
 
 def _is_code(thing: Any) -> bool:
-    return isinstance(thing, FunctionType | property | staticmethod | classmethod)
+    return isinstance(thing, _CODE)
 
 
 def _is_library(module: str | None) -> bool:

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .parts import Model
+from .binding import signature_of
+from .parts import Model, modules_of
 from .scripts import Scripted
 from .views import View, is_viewed_as_items, views_of
 
@@ -56,6 +57,13 @@ class Watch:
             self._see()
             self._versions[tuple(self._tokens)] = self._version
 
+    def state(self) -> tuple[Any, ...]:
+        """What of parameters and buffers decides a program, and which of them are tied."""
+        homes = (home for m in self._modules for home in (m._parameters, m._buffers))
+        tensors = [x for home in homes for x in home.values() if x is not None]
+        first: dict[int, int] = {}
+        return tuple((first.setdefault(id(x), i), signature_of(x)) for i, x in enumerate(tensors))
+
     def trained(self) -> tuple[bool, ...]:
         """Which parameters of the modules last seen require gradients."""
         homes = (module._parameters.values() for module in self._modules)
@@ -77,7 +85,8 @@ class Watch:
 
     def _see(self) -> None:
         self._views = views_of(self._model)
-        self._modules = [v.thing for v in self._views if isinstance(v.thing, nn.Module)]
+        roots = nn.ModuleList(modules_of(self._model).values())
+        self._modules = [*roots.modules()]
         self._looks = [view.look for view in self._views if not view.still]
         self._spaces = [view.space for view in self._views if view.space is not None]
         self._seen, self._sizes = self._look()

@@ -58,6 +58,51 @@ def test_load_calls_like_the_transform(tmp_path: Path) -> None:
         loaded(tokens, tokens, tangents=dots)
 
 
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ((torch.ones(5, 3), 2.0), r"takes 'x' as f32\[4, 3\], not f32\[5, 3\]"),
+        ((torch.ones(4, 3, dtype=torch.float64), 2.0), r"takes 'x' as f32\[4, 3\], not f64"),
+        ((torch.ones(4, 3), 3.0), r"made for plain arguments scale=2.0, not \['3.0'\]"),
+        ((torch.ones(4, 3),), "made for plain arguments scale=2.0"),
+    ],
+)
+def test_a_loaded_program_takes_what_it_was_made_for(
+    args: Any, message: str, tmp_path: Path
+) -> None:
+    def function(x: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+        return x.var() * scale
+
+    x = torch.randn(4, 3)
+    fwd = fwdcompile.transform(function)
+    expected = fwd(x, 2.0, tangents={"x": x})
+    fwd.save(tmp_path / "scaled.py")
+    loaded = fwdcompile.load(tmp_path / "scaled.py")
+    torch.testing.assert_close(loaded(x, 2.0, tangents={"x": x}), expected)
+    with pytest.raises(fwdcompile.TangentError, match=message):
+        loaded(*args, tangents={"x": args[0]})
+
+
+def test_a_loaded_program_has_open_sizes(tmp_path: Path) -> None:
+    fwd = fwdcompile.transform(lambda x, y: (x * y).sum(0), dynamic=True)
+    fwd(torch.ones(4, 3), torch.ones(4, 3), tangents={"x": torch.ones(4, 3)})
+    fwd.save(tmp_path / "open.py")
+    loaded = fwdcompile.load(tmp_path / "open.py")
+    x, y = torch.randn(7, 3), torch.randn(7, 3)
+    torch.testing.assert_close(loaded(x, y, tangents={"x": x})[0], (x * y).sum(0))
+    with pytest.raises(fwdcompile.TangentError, match=r"takes 'y' as f32\[s\d+, 3\], not f32\[6"):
+        loaded(x, y[:6], tangents={"x": x})
+
+
+def test_a_loaded_program_refuses_a_write_to_shared_memory(tmp_path: Path) -> None:
+    fwd = fwdcompile.transform(lambda x, y: x.mul_(2) + y)
+    x = torch.ones(3)
+    fwd(x, torch.ones(3), tangents={"x": x})
+    fwd.save(tmp_path / "writes.py")
+    with pytest.raises(fwdcompile.TangentError, match="shares memory"):
+        fwdcompile.load(tmp_path / "writes.py")(x, x, tangents={"x": x})
+
+
 def test_an_edited_program_runs_edited(tmp_path: Path) -> None:
     fwd = fwdcompile.transform(lambda x: {"y": x.sin(), "n": 2, "p": Pair(x, x)})
     x, v = torch.randn(3), torch.randn(3)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -253,3 +254,132 @@ def test_views_that_autograd_lets_no_one_write_to_may_be_written_to() -> None:
 def test_random_numbers_of_python_are_refused(draw: Callable[[], float]) -> None:
     with pytest.raises(fwdcompile.CaptureError, match="Draw them with torch"):
         fwdcompile.jvp(lambda x: x * draw(), (X,), (X,))
+
+
+class Past(nn.Module):
+    """Keeps what it was given before, in one of the ways that people write it."""
+
+    def __init__(self, way: Callable[[Past, Tensor], Any]) -> None:
+        super().__init__()
+        self.linear, self.way = nn.Linear(3, 3), way
+        for number, name in enumerate("cab"):  # written in another order than read
+            self.register_buffer(name, torch.full((3,), float(number)))
+
+    def forward(self, x: Tensor) -> Any:
+        y = (self.linear(x) * self.a + self.b).sum()
+        return y, self.way(self, x.detach()[0])
+
+
+def copied(past: Past, x: Tensor) -> Tensor:
+    past.c.copy_(past.b)
+    past.b.copy_(past.a.detach())
+    past.a.copy_(x)
+    return past.c
+
+
+def moved_on(past: Past, x: Tensor) -> Tensor:
+    old = past.a
+    past.c, past.b = past.b, past.a
+    past.a = x * 2
+    return old
+
+
+def rotated(past: Past, x: Tensor) -> Tensor:
+    past.a, past.b, past.c = past.b, past.c, past.a
+    return past.a.view(3, 1)
+
+
+def swapped(past: Past, x: Tensor) -> Tensor:
+    t = past.a.clone()
+    past.a.copy_(past.b)
+    past.b.copy_(t)
+    return past.b[1:]
+
+
+def mixed(past: Past, x: Tensor) -> Tensor:
+    past.b[:2].copy_(past.a[1:])
+    past.a = past.c.sin()
+    past.c.add_(1)
+    return past.b
+
+
+@pytest.mark.parametrize("way", [copied, moved_on, rotated, swapped, mixed])
+def test_buffers_take_the_old_values_of_others(way: Any, tmp_path: Path) -> None:
+    def loss(model: nn.Module) -> Callable[[Tensor], Tensor]:
+        return lambda x: model(x)[0]
+
+    by_call, by_step, by_file, expected = models = [Past(way) for _ in range(4)]
+    for model in models:
+        model.load_state_dict(expected.state_dict())
+    fwd = fwdcompile.transform(by_call)
+    fgd = fwdcompile.FGD(loss(by_step), lr=1e-12, compile=False)
+    for number in range(3):
+        x = X + number
+        wanted = [t.detach().clone() for t in expected(x)]
+        outs, dots = fwd(x, tangents={"x": X})
+        torch.testing.assert_close([*outs], wanted)
+        torch.testing.assert_close(fgd.step(x), wanted[0])
+        if not number:
+            fwd.save(tmp_path / "past.py")
+            saved = fwdcompile.load(tmp_path / "past.py", by_file)
+        outs, again = saved(x, tangents={"x": X})
+        torch.testing.assert_close([*outs], wanted)
+        torch.testing.assert_close(again, dots)
+        for model in (by_call, by_step, by_file):
+            torch.testing.assert_close(dict(model.named_buffers()), dict(expected.named_buffers()))
+
+
+def test_inputs_take_the_old_values_of_others() -> None:
+    def function(a: Tensor, b: Tensor) -> Tensor:
+        t = a.clone()
+        a.copy_(b)
+        b.copy_(t)
+        return a + 2 * b
+
+    ones, twos = torch.ones(2), torch.full((2,), 2.0)
+    a, b = ones.clone(), twos.clone()
+    y, y_dot = fwdcompile.transform(function)(a, b, tangents={"a": ones})
+    torch.testing.assert_close((a, b, y, y_dot), (twos, ones, 2 * twos, twos))
+
+
+def shares_an_input(x: Tensor, y: Tensor) -> Tensor:
+    x.mul_(2)
+    return (x.sum() + y).sum()
+
+
+@pytest.mark.parametrize("other", [lambda x: x, lambda x: x[:1], lambda x: x.T[1:]])
+def test_a_write_to_what_another_input_shows_is_refused(other: Any) -> None:
+    x = X.clone()
+    fwd = fwdcompile.transform(shares_an_input)
+    fwd(x, X, tangents={"x": X})  # has a program
+    x = X.clone()
+    for function in (fwd, fwdcompile.transform(shares_an_input)):
+        with pytest.raises(fwdcompile.TangentError, match="'x', which shares memory with 'y'"):
+            function(x, other(x), tangents={"x": X})
+        torch.testing.assert_close(x, X)
+    y, _ = fwd(x[:1], x[1:], tangents={"x": X[:1]})  # apart in one memory
+    torch.testing.assert_close(y, 36 + X[1:].sum())
+
+
+def test_a_write_to_a_buffer_that_is_given_as_well_is_refused() -> None:
+    model = Mean(assigned)
+    x = torch.ones(1, 3)
+    linear = nn.Linear(3, 1)
+
+    def loss(x: Tensor) -> Tensor:
+        return linear(model(x)).mean()
+
+    fgd = fwdcompile.FGD(loss, lr=0.1, compile=False)
+    fgd.step(x)
+    weight = linear.weight.clone()
+    with pytest.raises(fwdcompile.TangentError, match="'model.mean', which shares memory with 'x'"):
+        fgd.step(model.mean.view(1, 3))
+    torch.testing.assert_close(linear.weight, weight)
+
+
+def test_one_tensor_twice_is_two_inputs_where_none_is_written_to() -> None:
+    fwd = fwdcompile.transform(lambda x, y: x * y[:1])
+    y, y_dot = fwd(X, X, tangents={"x": X})
+    torch.testing.assert_close((y, y_dot), (X * X[:1], X * X[:1]))
+    y, _ = fwd(X, X[:1].expand(2, 3), tangents={"x": X})
+    torch.testing.assert_close(y, X * X[:1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import functools
 import warnings
 from collections.abc import Callable
@@ -236,3 +237,180 @@ def test_objects_that_a_loss_holds_are_followed_by_attributes_and_not_without_en
     assert watch.version() == version
     first.after.scale = 3.0
     assert watch.version() != version
+
+
+class Schedule:
+    """Has its number behind a method, a property, an item, a call and an operation."""
+
+    def __init__(self) -> None:
+        self._now, self.calls = 1.0, 0
+
+    def value(self) -> float:
+        return self._inner()
+
+    def _inner(self) -> float:
+        return self._now
+
+    @property
+    def scale(self) -> float:
+        return self._now
+
+    def __getitem__(self, key: str) -> float:
+        return self._now
+
+    def __call__(self) -> float:
+        return self._now
+
+    def __rmul__(self, x: Tensor) -> Tensor:
+        return x * self._now
+
+
+READINGS: dict[str, Callable[[Any], Any]] = {
+    "method": lambda s: s.value(),
+    "property": lambda s: s.scale,
+    "item": lambda s: s["now"],
+    "call": lambda s: s(),
+    "operation": lambda s: s,
+}
+SCHEDULE = Schedule()
+
+
+@pytest.mark.parametrize("reading", READINGS.values(), ids=READINGS)
+@pytest.mark.parametrize("is_global", [True, False])
+def test_numbers_behind_an_objects_code_are_followed(reading: Any, is_global: bool) -> None:
+    schedule = SCHEDULE if is_global else Schedule()
+    schedule._now = 1.0
+
+    def function(x: Tensor) -> Tensor:
+        return x.sin() * reading(SCHEDULE if is_global else schedule)
+
+    fwd = fwdcompile.transform(function)
+    for schedule._now in (1.0, 3.0, 5.0):
+        y, y_dot = fwd(X, tangents={"x": X})
+        close(y, X.sin() * schedule._now)
+        close(y_dot, X.cos() * X * schedule._now)
+        schedule.calls += 1  # which no code reads
+    assert len(fwd._cache) == 3
+
+
+def test_methods_count_for_objects_of_which_they_are_called() -> None:
+    class Logger:
+        def __init__(self) -> None:
+            self.count = 0
+
+        def value(self) -> int:
+            return self.count
+
+        def write(self, text: str) -> None:
+            self.text = text
+
+    logger, schedule = Logger(), Schedule()
+
+    def logged() -> None:
+        logger.write("called")
+
+    def function(x: Tensor) -> Tensor:
+        logged()
+        return x * schedule.value()
+
+    fwd = fwdcompile.transform(function)
+    for logger.count in range(3):
+        fwd(X, tangents={"x": X})
+    assert len(fwd._cache) == 1
+
+
+@pytest.mark.parametrize("kind", [set, collections.deque, collections.OrderedDict, list])
+def test_containers_are_followed(kind: Any) -> None:
+    things = kind.fromkeys([1.0]) if kind is collections.OrderedDict else kind([1.0])
+    fwd = fwdcompile.transform(lambda x: x * sum(things))
+    for number in (2.0, 4.0):
+        y, _ = fwd(X, tangents={"x": X})
+        close(y, X * sum(things))
+        {"list": list.append, "deque": collections.deque.append, "set": set.add}.get(
+            kind.__name__, lambda d, n: d.update({n: n})
+        )(things, number)
+    close(fwd(X, tangents={"x": X})[0], X * 7)
+
+
+def test_hooks_of_all_modules_and_the_default_dtype_are_followed() -> None:
+    net = nn.Sequential(nn.Linear(3, 3)).double()
+    fwd = fwdcompile.transform(lambda x: net(x) + torch.tensor(1 / 3))
+    fwd(X, tangents={"x": X})
+    third = torch.tensor(1 / 3)
+    handle = nn.modules.module.register_module_forward_hook(
+        lambda module, _, out: 2 * out if isinstance(module, nn.Linear) else None
+    )
+    try:
+        close(fwd(X, tangents={"x": X})[0], net(X) + third)
+    finally:
+        handle.remove()
+    close(fwd(X, tangents={"x": X})[0], net(X) + third)
+    torch.set_default_dtype(torch.float64)
+    try:
+        close(fwd(X, tangents={"x": X})[0], net(X) + 1 / 3)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+class Twins(nn.Module):
+    """Layers with weights that may be tied."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = (nn.Linear(3, 3, bias=False).double() for _ in range(3))
+        self.b.weight = self.a.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(self.b(self.a(x.to(self.a.weight)).tanh()).tanh())
+
+
+def tied_otherwise(net: Twins) -> None:
+    net.b.weight, net.c.weight = nn.Parameter(net.b.weight.detach().clone() + 1), net.a.weight
+
+
+def squared(y: Tensor, _: Tensor) -> Tensor:
+    return y.square().mean()
+
+
+STATES: dict[str, Callable[[Twins], Any]] = {
+    "untied": lambda net: setattr(net.b, "weight", nn.Parameter(net.c.weight.detach().clone())),
+    "tied otherwise": tied_otherwise,
+    "another dtype": lambda net: net.float(),
+    "another layout": lambda net: setattr(net.c.weight, "data", net.c.weight.data.T),
+    "another shape": lambda net: setattr(net.c, "weight", nn.Parameter(net.c.weight.data[:2])),
+}
+
+
+@pytest.mark.parametrize("change", STATES)
+def test_parameters_are_replaced_and_tied_between_steps(change: str) -> None:
+    net, rate = Twins(), 0.1
+    signs = fwdcompile.Rademacher()
+    fwd = fwdcompile.transform(net)
+    fgd = fwdcompile.FGD(net, squared, lr=rate, directions=signs, compile=False)
+    grad = fwdcompile.ForwardGradient(net, squared, directions=signs, compile=False)
+    for _ in range(2):
+        x = X.to(net.a.weight)
+        torch.testing.assert_close(fwd(x, tangents={"x": x}), torch.func.jvp(net, (x,), (x,)))
+        net.zero_grad()
+        torch.testing.assert_close(grad(x, x), squared(net(x), x))
+        assert all(p.grad is not None for p in net.parameters())
+        before = [p.detach().clone() for p in net.parameters()]
+        loss = squared(net(x), x)
+        exact = torch.autograd.grad(loss, [*net.parameters()])
+        torch.testing.assert_close(fgd.step(x, x), loss)
+        moves = [p.detach() - old for p, old in zip(net.parameters(), before, strict=True)]
+        # signs s move by m = -rate (g.s) s: g.m is -rate (g.s)^2, and each number of m^2 -rate g.m
+        slope = sum(float((g * move).sum()) for g, move in zip(exact, moves, strict=True))
+        for move in moves:
+            squares = torch.full_like(move, -rate * slope)
+            torch.testing.assert_close(move.square(), squares, rtol=1e-3, atol=1e-9)
+        STATES[change](net)
+
+
+@pytest.mark.parametrize("numbers", [(0.0, -0.0), (float("nan"), float("nan"))])
+def test_plain_numbers_are_told_apart_by_what_they_do(numbers: tuple[float, float]) -> None:
+    fwd = fwdcompile.transform(lambda x, s: torch.atan2(0 * x, torch.full_like(x, s)))
+    for number in numbers:
+        y, _ = fwd(X.abs(), number, tangents={"x": X})
+        close(y, torch.atan2(0 * X.abs(), torch.full_like(X, number)), equal_nan=True)
+    assert len(fwd._cache) == len({*map(repr, numbers)})
