@@ -21,10 +21,10 @@ from .checks import without_value_checks
 from .custom import adopt_calls, kept_derivatives
 from .decompose import decompose
 from .errors import CaptureError, DecisionError
+from .explain import explain
 from .exported import ROOT, adopted
 from .flex import flex_as_ops
 from .hazards import (
-    explain,
     kept_random_ops,
     known_shapes,
     literals_of,

@@ -18,7 +18,8 @@ from torch.export.graph_signature import (
 from torch.utils import _pytree as pytree
 
 from .errors import CaptureError
-from .hazards import no_tensor, source_of, user_line
+from .explain import no_tensor
+from .hazards import source_of, user_line
 from .parts import Model, aliases_of, dotted
 from .program import OutSpec, Program, Slot, identifier, op_name, rename, value
 from .sizes import Sym

@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import rule
-from .errors import CaptureError, DecisionError
+from .errors import CaptureError
 from .program import is_differentiable, is_random, value
 
 aten = torch.ops.aten
@@ -93,62 +93,6 @@ def kept_random_ops() -> Iterator[None]:
         yield
 
 
-def explain(error: Exception) -> CaptureError:
-    """What went wrong in capture, with the user's line in front."""
-    text = _first_line(str(error))
-    if "data-dependent" in text.lower() or "DataDependent" in type(error).__name__:
-        what, *_ = text.split(". Hint:")
-        return DecisionError(
-            f"{_raised_at(error)}The model decides in Python by the value of a tensor ({what}): it "
-            "may by tensors that it closes over, and not by inputs.\n  A program has one path for "
-            "all values: use torch.where or torch.cond, or move the decision out of the model."
-        )
-    return CaptureError(_raised_at(error) + _explained(error, text))
-
-
-def _raised_at(error: Exception) -> str:
-    frame = user_frame(traceback.extract_tb(error.__traceback__))
-    return f"{line_of(frame)}\n  " if frame else ""
-
-
-def _explained(error: Exception, text: str) -> str:
-    if "FunctionalTensor on its own" in text:
-        return (
-            "A branch or loop body makes a tensor from numbers (torch.tensor), which "
-            "torch.export cannot capture there.\n  Make it before, or with torch.full."
-        )
-    if "Trying to backward through fwdcompile.attached" in text:
-        return (
-            "torch.autograd.grad goes through a torch.autograd.Function here, which cannot "
-            "keep its derivative there.\n  Write its forward as plain ops, or as a custom op."
-        )
-    if "must be tuple of ints,but got FakeTensor" in text:
-        return (
-            "A size is the value of a tensor, as in a packed sequence, and a program has "
-            "one shape.\n  Leave sequences padded, and mask what is behind their ends."
-        )
-    if (kind := "torch._C.Generator") in text:
-        return no_tensor(kind)
-    return f"The model cannot be captured: {type(error).__name__}: {text}"
-
-
-def no_tensor(kind: str) -> str:
-    """Says that a program cannot have an object for an input."""
-    return (
-        f"The model uses a {kind} here, and a program takes tensors alone.\n  Random numbers may "
-        "come from the generator that torch.manual_seed seeds."
-    )
-
-
-def _first_line(text: str) -> str:
-    """The first line of an error that says what is wrong."""
-    lines = [line.strip() for line in text.strip().split("\n") if line.strip()]
-    if lines and lines[0].endswith("Got graph break/error:"):  # in a branch or a loop body
-        hints = [line for line in lines if line.startswith("Hint:")]
-        return ". ".join([*lines[1:2], *hints[:1]])
-    return lines[0] if lines else ""
-
-
 def source_of(node: fx.Node) -> tuple[str, int, str] | None:
     """The user's file, line and code that caused a node, where torch recorded them."""
     frames = _FRAME.findall(node.meta.get("stack_trace") or "")
@@ -190,7 +134,7 @@ class _HiddenWrites(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: OpOverload, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        for x in _written_by(func, args, kwargs):
+        for x in written_by(func, args, kwargs):
             if is_differentiable(x) and x.untyped_storage()._cdata in self._detached:
                 raise _hidden(func, here())
         detaches = func is aten.detach.default
@@ -257,16 +201,18 @@ def _told(where: str, op: Any, effect: str, instead: str) -> CaptureError:
 
 def written_by_node(node: fx.Node) -> list[fx.Node]:
     """The arguments that a node's op writes to."""
-    if node.op != "call_function" or not isinstance(node.target, OpOverload):
-        return []
     written: list[fx.Node] = []
-    fx.map_arg(_written_by(node.target, node.args, node.kwargs), written.append)
+    if node.op == "call_function":
+        fx.map_arg(written_by(node.target, node.args, node.kwargs), written.append)
     return written
 
 
-def _written_by(op: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+def written_by(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> list[Any]:
+    """The tensors among the arguments of an op that it writes to."""
+    if not isinstance(op, OpOverload) or not op._schema.is_mutable:
+        return []
     arguments = op._schema.arguments
-    given = dict(zip((a.name for a in arguments), args, strict=False)) | dict(kwargs)
+    given = dict(zip((a.name for a in arguments), args, strict=False)) | dict(kwargs or {})
     written = (a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write)
     return pytree.tree_leaves([given[name] for name in written if name in given])
 

@@ -81,8 +81,8 @@ def _vanishes(node: fx.Node, zeros: set[fx.Node]) -> bool:
     bound = bind_call(node.target, node.args, node.kwargs)
     if name.startswith(("zeros", "new_zeros", "empty", "new_empty")):
         return True  # what nobody writes to empty memory is nobody's derivative
-    if name.startswith(("full", "new_full", "scalar_tensor")):
-        return zero(bound.get("fill_value", bound.get("s")))
+    if name.startswith(("full", "new_full", "scalar_tensor")) or name == "fill":
+        return zero([bound[key] for key in ("fill_value", "s", "value") if key in bound])
     if not zeros.intersection(node.all_input_nodes):
         return False
     row = rule.table.get(node.target)
@@ -96,7 +96,7 @@ def _vanishes(node: fx.Node, zeros: set[fx.Node]) -> bool:
 # The arguments that have to be zero.
 _READS = {
     "add": ("self", "other"), "sub": ("self", "other"), "rsub": ("self", "other"),
-    "div": ("self",), "where": ("self", "other"), "detach": ("self",), "copy": ("src",),
+    "div": ("self",), "where": ("self", "other"), "detach": ("self",),
 }  # fmt: skip
 
 
@@ -151,8 +151,9 @@ def downstream(starts: Collection[fx.Node]) -> list[fx.Node]:
 
 
 def _read(node: fx.Node) -> list[fx.Node]:
-    """What an op reads the values of: zeros_like, new_full and their kind take a shape first."""
-    shape = op_name(node).startswith("new_") or op_name(node).endswith("_like")
+    """What an op reads the values of: zeros_like, new_full and fill take a shape first."""
+    name = op_name(node)
+    shape = name.startswith("new_") or name.endswith("_like") or name == "fill"
     rest: list[fx.Node] = []
     fx.map_arg((node.args[1:], node.kwargs), rest.append)
     return rest if shape else node.all_input_nodes

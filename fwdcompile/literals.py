@@ -22,6 +22,9 @@ from torch.fx.experimental import proxy_tensor
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
+from .errors import CaptureError
+from .hazards import here, written_by
+
 aten = torch.ops.aten
 
 Fixed = list[tuple[Tensor, int]]
@@ -47,6 +50,11 @@ def known_literals(fixed: Fixed | None = None) -> Iterator[None]:
     def valued(
         mode: FakeTensorMode, op: OpOverload, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
+        if any(type(x) is Tensor for x in written_by(op, args, kwargs)):
+            raise CaptureError(
+                f"{here()}\n  {op} writes to a tensor that the model closes over, which a program "
+                "takes for a constant.\n  Make it a buffer, by register_buffer, or an input."
+            )
         if fixed is not None:
             for x in tree_leaves((args, kwargs)):
                 if type(x) is Tensor and id(x) not in held and _is_fixed(x):

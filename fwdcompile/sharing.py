@@ -87,4 +87,5 @@ def _is_view(node: fx.Node) -> bool:
 
 def _memory(node: fx.Node) -> set[int]:
     x = value(node)
-    return {x.untyped_storage()._cdata} if isinstance(x, Tensor) else set()
+    known = isinstance(x, Tensor) and x.layout is torch.strided
+    return {x.untyped_storage()._cdata} if known else set()

@@ -218,14 +218,8 @@ def evaluate(program: Program, values: Mapping[str, Any]) -> dict[str, Any]:
             args, kwargs = fx.node.map_aggregate(
                 (node.args, dict(node.kwargs)), lambda x: env[x] if isinstance(x, fx.Node) else x
             )
-            env[node] = _DIFFERENTIABLE.get(node.target, node.target)(*args, **kwargs)
+            env[node] = node.target(*args, **kwargs)
     return {slot.name: env[node] for node, slot in program.results()}
-
-
-# What torch has no derivative of, by ops that it has one of.
-_DIFFERENTIABLE: dict[Any, Callable[..., Any]] = {
-    aten.copy.default: lambda self, src, *_: src.to(self.dtype).expand(self.shape),
-}
 
 
 def _constant(x: Tensor) -> Tensor:

@@ -290,7 +290,6 @@ for _op in (
 ):
     linear(_op, wrt="self")
 linear(torch.ops.prims.convert_element_type.default, wrt="a")
-jvp(aten.copy.default, self=lambda d: None, src=lambda d: d)
 jvp(aten.fill.Tensor, self=lambda d: None, value=lambda d: d)
 
 zero(

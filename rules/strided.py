@@ -1,4 +1,7 @@
-"""Views by strides, as gathers of elements: a tangent need not lie in memory as its primal does."""
+"""What memory's order decides: views by strides, as gathers of elements, and copies into a layout.
+
+A tangent need not lie in memory as its primal does, and torch has no derivative of `aten.copy`.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..rule import lowerings, not_implemented
+from ..sizes import same_layout
 
 aten = torch.ops.aten
 
@@ -59,10 +63,22 @@ def _as_strided_scatter(
         return NotImplemented
     memory = self.permute(order)
     written = memory.reshape(-1).index_put((places.reshape(-1),), src.reshape(-1))
-    back = sorted(range(self.ndim), key=order.__getitem__)
-    return written.view(memory.shape).permute(back)
+    return written.view(memory.shape).permute(_back(order))
 
 
+def _copy(self: Tensor, src: Tensor, non_blocking: bool = False) -> Tensor:
+    copied = src.to(self.device, self.dtype).expand(self.shape)
+    order = None if same_layout(copied, self) else _order(self)
+    if order is None:
+        return copied
+    return copied.permute(order).contiguous().permute(_back(order))
+
+
+def _back(order: list[int]) -> list[int]:
+    return sorted(range(len(order)), key=order.__getitem__)
+
+
+lowerings[aten.copy.default] = _copy
 for _op, _lower in (
     (aten.as_strided.default, _as_strided),
     (aten.as_strided_copy.default, _as_strided),

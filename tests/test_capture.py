@@ -242,6 +242,24 @@ def test_errors_of_the_model_name_the_line() -> None:
         capture(lambda x: x @ x, (torch.ones(2, 3),), {})
 
 
+def test_a_layer_of_torchs_that_decides_is_named_by_its_own_line() -> None:
+    with pytest.raises(fwdcompile.CaptureError, match=r"(?s)batchnorm.py:\d+.*num_batches_tracked"):
+        capture(torch.nn.BatchNorm1d(2, momentum=None), (torch.ones(3, 2),), {})
+
+
+def test_a_write_to_what_a_function_closes_over_is_refused_with_a_way_out() -> None:
+    count = torch.zeros(2)
+
+    def model(x: Tensor) -> Tensor:
+        return x * count.add_(1)
+
+    with pytest.raises(
+        fwdcompile.CaptureError, match=r"(?s)test_capture.py:\d+.*add_.*register_buffer"
+    ):
+        capture(model, (torch.ones(2),), {})
+    assert not count.any()
+
+
 def test_an_argument_may_not_have_a_parameters_name() -> None:
     class Same(nn.Module):
         def __init__(self) -> None:

@@ -18,6 +18,22 @@ from fwdcompile.program import Program
 G = torch.linspace(-1, 1, 12, dtype=torch.float64).view(3, 4)
 X = G.exp()
 
+
+def zeroed(g: Tensor) -> Tensor:
+    """Writes zeros over a row, a column and where something holds."""
+    g = g.clone()
+    g[0] = 0
+    g[:, 1:2].fill_(0.0)
+    g[X > 2] = 0
+    return g
+
+
+def filled(g: Tensor) -> Tensor:
+    g = g.clone()
+    g[0] = 1
+    return g
+
+
 LINEAR: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "scaled": lambda g, x: -2 * g * x / x.sum(),
     "differences": lambda g, x: g - x * (g * x).sum(-1, keepdim=True),
@@ -27,12 +43,14 @@ LINEAR: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "summed": lambda g, x: torch.cat([g.mean(0), x.new_zeros(2), torch.zeros_like(g[0])]),
     "transformed": lambda g, x: torch.fft.fft(g, dim=1).real.tril(),
     "cast": lambda g, x: g.float().view(4, 3).double(),
+    "partly zeroed": lambda g, x: zeroed(g) + torch.zeros_like(x).copy_(g),
     "convolved": lambda g, x: torch.nn.functional.conv1d(g[None], x[:, :3, None]),
 }
 OTHER: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "magnitude": lambda g, x: g.abs(),
     "sign": lambda g, x: g.sign(),
     "clipped": lambda g, x: g.clamp(-0.5, 0.5),
+    "filled": lambda g, x: filled(g),
     "squared": lambda g, x: g * g.mean(),
     "shifted": lambda g, x: g + 1e-3 * x,
     "normalised": lambda g, x: g / g.norm(),

@@ -55,6 +55,32 @@ def test_norms(name: str) -> None:
     check(lambda x: lap(x, tangents=[{"x": v}, {"x": v.cos()}])[2], x)
 
 
+def put(x: Tensor) -> Tensor:
+    """Copies into rows, into a transposed part, over a whole tensor, and from another dtype."""
+    y = torch.zeros_like(x)
+    y[0] = x[1].sin()
+    y[1:, :2].T.copy_(x[:2, 1:] ** 2)
+    y.mul_(x)
+    z = x.T.clone().copy_(y.T.float().exp())
+    return z.flatten() * z.T.reshape(-1)
+
+
+def test_copies() -> None:
+    x, v = torch.randn(2, 4, 4, dtype=F64)
+    fwd, lap = fwdcompile.transform(put), fwdcompile.laplacian(put)
+    torch.testing.assert_close(
+        fwd(x, tangents={"x": v}), torch.func.jvp(put, (x,), (v,)), rtol=1e-6, atol=1e-6
+    )
+
+    def grad(call: Callable[[Tensor], Tensor]) -> Tensor:
+        point = x.clone().requires_grad_()
+        return torch.autograd.grad(call(point).sum(), point)[0]
+
+    expected = grad(lambda x: torch.func.jvp(put, (x,), (v,))[1])
+    torch.testing.assert_close(grad(lambda x: fwd(x, tangents={"x": v})[1]), expected)
+    assert grad(lambda x: lap(x, tangents=[{"x": v}])[2]).isfinite().all()
+
+
 def test_forward_over_reverse() -> None:
     def slope(x: Tensor) -> Tensor:
         return torch.func.grad(lambda x: F.layer_norm(x, (6,), W, B).pow(3).sum())(x)

@@ -37,4 +37,5 @@ OUTPUTS = (
     ("output", "out", 0),
     ("tangent", "out", 0),
 )
+PLAIN = {"y": "None"}
 STRUCTURE = "out"

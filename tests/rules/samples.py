@@ -42,7 +42,6 @@ OTHERS: list[tuple[Any, ...]] = [
     (aten.gelu_backward.default, (X, Y)),
     (aten.detach.default, (X,)),
     (aten.detach_copy.default, (X,)),
-    (aten.copy.default, (X, Y)),
     (torch.ops.prims.convert_element_type.default, (X, torch.float32)),
     (aten.new_empty_strided.default, (X, [3, 4], [4, 1])),
     (aten.as_strided.default, (X, [2, 2], [1, 1])),

@@ -228,8 +228,6 @@ def test_second_derivative_at_zero() -> None:
     ("op", "args"),
     [
         (aten.remainder.Scalar_Tensor, (2.3, X)),
-        (aten.copy.default, (X, Y)),
-        (aten.copy.default, (X, ROW)),
         (aten.frexp.Tensor, (X,)),
         (aten.ldexp.Tensor, (X, INT)),
         (aten.ldexp.Tensor, (X, Y)),

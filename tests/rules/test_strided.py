@@ -39,6 +39,19 @@ def test_strides(function: Callable[[Tensor], Tensor], x: Tensor) -> None:
     torch.testing.assert_close(out_dot, (plus - minus) / 2e-6, rtol=1e-7, atol=1e-8)
 
 
+@pytest.mark.parametrize("src", [X, X[0], X[:, :1], X.T.clone().T, X.float(), X[:1, :1]])
+@pytest.mark.parametrize("like", [X, X.T.clone().T, X[:, None].expand(4, 3, 6)[:, 1]])
+def test_copies_have_the_layout_of_what_they_are_copied_to(like: Tensor, src: Tensor) -> None:
+    copy = torch.ops.aten.copy.default
+    (y, z), (y_dot, z_dot) = fwdcompile.jvp(
+        lambda x: (copy(like, x), copy(like, x).T.sin()), (src,), (src.cos(),)
+    )
+    expected = torch.empty_like(like).copy_(src)
+    torch.testing.assert_close(y, expected, rtol=0, atol=0, check_stride=True)
+    moved = torch.empty_like(like).copy_(src.cos())
+    torch.testing.assert_close((z, y_dot, z_dot), (y.T.sin(), moved, expected.T.cos() * moved.T))
+
+
 @pytest.mark.parametrize("x", [X[1:], X[:, ::2], X[:1].expand(4, 6), X[:2]])
 def test_memory_that_is_not_the_tensors_own_is_refused(x: Tensor) -> None:
     with pytest.raises(fwdcompile.MissingRuleError, match="lead out of its tensor's own memory"):
