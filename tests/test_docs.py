@@ -60,6 +60,33 @@ def test_walkthrough_shows_the_golden_program() -> None:
     assert table.strip() in golden
 
 
+def test_the_page_for_those_who_know_torch_func() -> None:
+    solver, biharmonic = blocks("docs/from_torch_func.md")
+    y, times = torch.rand(3), torch.linspace(0, 1, 20)
+    names = {"torch": torch, "fwdcompile": fwdcompile, "y": y, "times": times}
+    names |= {"y_dot": y.cos(), "times_dot": times.cos()}
+    exec(solver, names)
+
+    def unrolled(y: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
+        for t in times:
+            y = y + 0.01 * torch.sin(y) * t
+        return y
+
+    expected = torch.func.jvp(unrolled, (y, times), (y.cos(), times.cos()))
+    torch.testing.assert_close((names["last"], names["last_dot"]), expected)
+    torch.testing.assert_close(names["path_dot"][-1], expected[1])  # type: ignore[index]
+    net = torch.nn.Sequential(torch.nn.Linear(2, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
+    names |= {"net": net.double(), "x": torch.rand(4, 2, dtype=torch.float64)}
+    exec(biharmonic, names)
+
+    def trace(f: Any) -> Any:
+        return lambda x: torch.func.hessian(f)(x).trace()
+
+    for x, u in zip(names["x"], names["u_biharmonic"], strict=True):  # type: ignore[call-overload]
+        laplace = trace(lambda x: net(x).squeeze())
+        torch.testing.assert_close(u.squeeze(), trace(laplace)(x))
+
+
 def test_rules_page_quotes_rows_of_the_table() -> None:
     table = "".join(path.read_text() for path in (ROOT / "rules").glob("*.py"))
     *rows, _own, _function, _test = blocks("docs/rules.md")
