@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, fx
+from torch._C import _functorch as functorch
 from torch._ops import OpOverload
 from torch.export.exported_program import ExportedProgram
 
@@ -87,5 +88,7 @@ def _is_view(node: fx.Node) -> bool:
 
 def _memory(node: fx.Node) -> set[int]:
     x = value(node)
+    while isinstance(x, Tensor) and functorch.is_functorch_wrapped_tensor(x):
+        x = functorch.get_unwrapped(x)  # of a batch, inside of vmap
     known = isinstance(x, Tensor) and x.layout is torch.strided
     return {x.untyped_storage()._cdata} if known else set()

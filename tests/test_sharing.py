@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -49,11 +50,15 @@ REFUSED: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
 }
 
 
+@pytest.mark.parametrize("around", [lambda f: f, torch.func.vmap])
 @pytest.mark.parametrize("view", RIGHT.values(), ids=RIGHT)
-def test_writes_reach_what_shows_their_memory(view: Callable[[Tensor], Tensor]) -> None:
-    function = writing(view)
-    outs = fwdcompile.transform(function)(X, tangents={"x": X})
-    torch.testing.assert_close(outs, torch.func.jvp(function, (X,), (X,)))
+def test_writes_reach_what_shows_their_memory(
+    view: Callable[[Tensor], Tensor], around: Callable[[Any], Any]
+) -> None:
+    function = around(writing(view))
+    x = X.expand(2, 3, 3) if around is torch.func.vmap else X
+    outs = fwdcompile.transform(lambda x: function(x))(x, tangents={"x": x})
+    torch.testing.assert_close(outs, torch.func.jvp(function, (x,), (x,)))
 
 
 @pytest.mark.parametrize(("view", "message"), REFUSED.values(), ids=REFUSED)
