@@ -71,23 +71,25 @@ def jvp(
 ) -> tuple[Any, ...]:
     """The Jacobian-vector product of `func`, called as torch.func.jvp.
 
-    Results are those of torch.func.jvp, but for an output that is no float, which has None.
+    Results are those of torch.func.jvp, but that an output that is no float has None in place of
+    zeros, and that outputs may be no tensors at all.
 
     Args:
         func: a function of tensors or pytrees of tensors. The programs of the last 32 functions
             are kept: call with the same function object to capture once.
         primals: the positional arguments of `func`, in a tuple or list.
         tangents: for each primal a tangent of the same structure, shape, dtype and device.
-        strict: raises where no primal moves an output, in place of zeros: it does not depend on
-            any, or by steps alone, as `x.floor()` does.
+        strict: raises where an output of floats has no derivative, in place of zeros: it does not
+            depend on any primal, or by steps alone, as `x.floor()` does. torch.func.jvp gives zeros
+            for such steps, and raises for an output that is no float.
         has_aux: `func` returns `(output, aux)`, of which only the first is differentiated.
 
     Returns:
         `(output, jvp_output)`, and `aux` behind them if `has_aux`.
 
     Raises:
-        TangentError: structure, shape, dtype or device of tangents and primals differ, or
-            `has_aux` and `func` does not return two things.
+        TangentError: structure, shape, dtype or device of tangents and primals differ; `has_aux`
+            and `func` does not return two things; or `strict` and an output has no derivative.
 
     Example:
         >>> fwdcompile.jvp(torch.sin, (torch.zeros(2),), (torch.ones(2),))
@@ -110,5 +112,7 @@ def jvp(
         still = [slot.name for node, slot in forward.program.results() if node.meta.get("absent")]
         still = [name for name in still if not (has_aux and name.split(".")[1] == "1")]
         if still:
-            raise TangentError(f"{', '.join(still)} does not depend on the primals")
+            raise TangentError(
+                f"strict=True: {', '.join(still)} does not depend on the primals, or by steps alone"
+            )
     return (y[0], y_dot[0], y[1]) if has_aux else (y, y_dot)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -51,7 +51,7 @@ class Laplacian(Forward):
             >>> axes = [{"x": e.expand(4, 2)} for e in torch.eye(2)]
             >>> y, (y_0, y_1), y_ddot = lap(torch.ones(4, 2), tangents=axes)   # y_ddot: 12 each
         """
-        if isinstance(tangents, Mapping) or not tangents:
+        if not isinstance(tangents, list | tuple) or not tangents:
             raise TangentError(
                 "tangents is a sequence with a mapping for each direction, or batch of them"
             )

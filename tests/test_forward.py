@@ -235,6 +235,8 @@ def test_transform_of_transform_is_the_second_derivative() -> None:
     close(y_ddot, slope, rtol=1e-6)
     mixed = second(x, t, tangents={"x": u}, inner={"x": v})[1][1]
     close(mixed, difference(lambda z: first(z, t, tangents={"x": v})[1], x, u), rtol=1e-6)
+    with pytest.raises(fwdcompile.TangentError, match="by name, not as a Tensor"):
+        second(x, t, tangents={"x": u}, inner=v)
     third = fwdcompile.transform(second)(x, t, tangents={"x": v})[1][1][1]
     close(third, difference(lambda z: second(z, t, tangents={"x": v})[1][1], x, v), rtol=1e-5)
 

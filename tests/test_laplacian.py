@@ -110,7 +110,7 @@ def test_factors_are_multiplied_out() -> None:
 def test_bad_input_is_refused() -> None:
     model, x = Mlp(), torch.randn(5, 6)
     lap = fwdcompile.laplacian(model)
-    for tangents in ({"x": x}, []):
+    for tangents in ({"x": x}, [], x):
         with pytest.raises(fwdcompile.TangentError, match="a mapping for each direction"):
             lap(x, tangents=tangents)
     with pytest.raises(fwdcompile.TangentError, match="nothing is called 'y'"):
