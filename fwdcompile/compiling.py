@@ -19,6 +19,16 @@ NEIGHBOURS = 16
 _ON_TENSORS = functools.partial(torch.compiler.keep_tensor_guards_unsafe, keep_parameters=True)
 
 
+def check_mode(mode: str) -> None:
+    """Refuses a mode that torch.compile does not have.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    if mode not in torch._inductor.list_mode_options():
+        raise ValueError(f"torch.compile must know the mode, and has none called {mode!r}")
+
+
 def compiled_step(
     function: Callable[..., Any], mode: str, dynamic: bool | None, device: torch.device
 ) -> Callable[..., Any]:

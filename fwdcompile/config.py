@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -101,7 +101,10 @@ class Config:
 
     def __post_init__(self) -> None:
         for name in ("iterations", "batch", "runs", "samples", "every"):
-            counted(name, getattr(self, name))
+            given = getattr(self, name)
+            numbers = counted(name, given, several=name == "samples")
+            whole = numbers if isinstance(given, Sequence) else numbers[0]
+            object.__setattr__(self, name, whole)
         if not self.methods or len(set(self.methods)) < len(self.methods):
             raise ValueError(f"name each method once, not {', '.join(self.methods) or 'none'}")
         _known("kind of directions", self.directions, DIRECTIONS)

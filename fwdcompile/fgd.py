@@ -13,14 +13,14 @@ from torch import Tensor
 from .activity import ActivityForward, check_examples
 from .autocast import without_casts
 from .binding import call_values
-from .directions import Directions, Normal, RankOne, Sphere, scaled
+from .directions import Directions, RankOne, Sphere, scaled
 from .drawing import kinds_of
 from .export import Engine, export
 from .lowered import Lowered
 from .parts import Model
 from .program import outputs_reached
 from .redraw import move
-from .stepper import NonFinite, Plan, Stepper, check_loss, plain_names, sum_of
+from .stepper import NonFinite, Plan, Stepper, check_loss, counted, plain_names, sum_of
 from .words import stream_keys
 
 Perturbed = Literal["weights", "activations"]
@@ -83,11 +83,17 @@ class FGD(Stepper):
         clip: float | None = None,
     ) -> None:
         check_rate(lr, decay)
-        if not isinstance(samples, int):
-            raise ValueError(f"samples must be one whole number, not {samples!r}")
-        chosen = Normal() if directions is None else directions
         super().__init__(
-            model, loss_fn, chosen, samples, seed, compile, mode, nonfinite, dynamic, clip
+            model,
+            loss_fn,
+            directions=directions,
+            samples=counted("samples", samples),
+            seed=seed,
+            compile=compile,
+            mode=mode,
+            nonfinite=nonfinite,
+            dynamic=dynamic,
+            clip=clip,
         )
         self._store_directions = store_directions
         # not two tensors of no dimensions: dynamo traces twice what reads such float64 on the CPU
@@ -260,21 +266,29 @@ class ForwardGradient(Stepper):
             raise ValueError(f'perturb is "weights" or "activations", not {perturb!r}')
         if perturb == "activations" and dynamic:
             raise ValueError("activity perturbation needs a fixed batch size: leave dynamic out")
-        if perturb == "weights" and not isinstance(samples, int):
+        if perturb == "weights" and isinstance(samples, Sequence):
             raise ValueError('several numbers of samples need perturb="activations"')
         if perturb == "activations" and isinstance(directions, Sphere):
             raise ValueError(
                 "activity perturbation draws for each example: take Rademacher, Normal"
             )
-        chosen = Normal() if directions is None else directions
         super().__init__(
-            model, loss_fn, chosen, samples, seed, compile, mode, nonfinite, dynamic, clip
+            model,
+            loss_fn,
+            directions=directions,
+            samples=samples,
+            seed=seed,
+            compile=compile,
+            mode=mode,
+            nonfinite=nonfinite,
+            dynamic=dynamic,
+            clip=clip,
         )
         self.perturb = perturb
         self._checked: set[Plan] = set()
         if perturb == "activations":
             self._forward = ActivityForward(
-                self.objective, clip, None if isinstance(samples, int) else tuple(samples)
+                self.objective, clip, tuple(samples) if isinstance(samples, Sequence) else None
             )
 
     def __call__(self, *inputs: Any, **kwargs: Any) -> Tensor:

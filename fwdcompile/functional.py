@@ -42,6 +42,10 @@ def transform(
     Returns:
         A callable `fwd(*inputs, tangents={name: tangent})` that gives `(y, y_dot)`.
 
+    Raises:
+        ValueError: settings that cannot be, as a mode or a pass that there is not.
+        TangentError: the model is a `laplacian`.
+
     Example:
         >>> fwd = fwdcompile.transform(model)
         >>> y, y_dot = fwd(x, tangents={"fc1.weight": w_dot, "x": x_dot})

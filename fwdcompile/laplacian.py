@@ -131,6 +131,7 @@ def laplacian(
         A callable `lap(*inputs, tangents=[...], first=[...])` that gives `(y, y_dots, y_ddot)`.
 
     Raises:
+        ValueError: settings that cannot be, as a mode or a pass that there is not.
         TangentError: `model` is a transform.
 
     Example:

@@ -13,6 +13,7 @@ from .batch import batch
 from .binding import call_values
 from .calls import own_results, settle
 from .capture import capture
+from .compiling import check_mode
 from .custom import FUNCTION, dissolve
 from .errors import TangentError
 from .inside import (
@@ -29,7 +30,7 @@ from .program import Program
 from .pushforward import derive
 from .remake import remake
 from .request import Request, fixed, inputs_key, suffix
-from .simplify import PASSES, detach_tangents, simplify
+from .simplify import PASSES, check_passes, detach_tangents, simplify
 from .sizes import serves
 from .transform import transform
 from .watch import Watch
@@ -48,7 +49,8 @@ class Lowering(Derived, Shown):
         batched: tangents have an axis of directions in front.
 
     Raises:
-        ValueError: an inner transform has fixed sizes, and this one open ones.
+        ValueError: an inner transform has fixed sizes, and this one open ones, or is batched; or
+            torch.compile has no such mode, or this package no such pass.
         TangentError: the model is a transform that cannot be transformed.
     """
 
@@ -71,7 +73,9 @@ class Lowering(Derived, Shown):
         if isinstance(model, Lowering) and not (self.nests and model.nests):
             raise TangentError("a Laplacian is that of a model, and no transform is one of it")
         if isinstance(model, Lowering) and model.batched:
-            raise TangentError("only the outermost transform can be batched")
+            raise ValueError("only the outermost transform can be batched")
+        check_mode(mode)
+        check_passes(passes)
         self._lasts = not is_capturing()
         self.model = model
         self.base: Model = model.base if isinstance(model, Lowering) else model

@@ -6,7 +6,7 @@ primal, so that outputs stay bit-identical and the random stream is the model's 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from operator import getitem
 from typing import Any
 
@@ -134,14 +134,18 @@ _IDENTITIES = {
 }
 
 
-def simplify(graph: fx.Graph, passes: tuple[str, ...] = tuple(PASSES)) -> None:
-    """Runs the named passes in order, then on the programs that the graph calls.
+def check_passes(passes: Sequence[str]) -> None:
+    """Refuses names that no pass has.
 
     Raises:
         ValueError: no pass has that name.
     """
     if unknown := [name for name in passes if name not in PASSES]:
         raise ValueError(f"no pass is called {unknown[0]!r}; there are {', '.join(PASSES)}")
+
+
+def simplify(graph: fx.Graph, passes: tuple[str, ...] = tuple(PASSES)) -> None:
+    """Runs the named passes in order, then on the programs that the graph calls."""
     for name in passes:
         PASSES[name](graph)
     for program in (program for node in graph.nodes for program in programs_of(node)):

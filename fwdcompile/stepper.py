@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,8 +14,8 @@ from torch.utils import _pytree as pytree
 
 from .autocast import without_casts
 from .binding import arrange, refuse_shared, signature_of, state_homes
-from .compiling import Replayed, compiled_step, replays
-from .directions import Directions
+from .compiling import Replayed, check_mode, compiled_step, replays
+from .directions import Directions, Normal
 from .drawing import Draw, Drawn, Kinds
 from .errors import LossError, NonFiniteError, TangentError
 from .forward import StepForward
@@ -81,7 +82,8 @@ class Stepper:
         self,
         model: Model,
         loss_fn: Callable[..., Any] | None,
-        directions: Directions,
+        *,
+        directions: Directions | None,
         samples: int | Sequence[int],
         seed: int,
         compile: bool,
@@ -90,15 +92,15 @@ class Stepper:
         dynamic: bool,
         clip: float | None,
     ) -> None:
-        numbers = counted("samples", samples)
+        numbers = counted("samples", samples, several=True)
+        directions = Normal() if directions is None else directions
         if not isinstance(directions, Directions):
             raise ValueError(f"directions must be fwdcompile.Normal() or the like: {directions!r}")
         if clip is not None and not clip > 0:
             raise ValueError(f"clip must be positive, not {clip}")
         if nonfinite not in ("raise", "skip"):
             raise ValueError(f'nonfinite is "raise" or "skip", not {nonfinite!r}')
-        if mode not in torch._inductor.list_mode_options():
-            raise ValueError(f"torch.compile must know the mode, and has none called {mode!r}")
+        check_mode(mode)
         self.objective = Objective(model, loss_fn)
         self._directions, self._samples = directions, sum(numbers)
         self._first_sample = 0
@@ -312,18 +314,26 @@ def _flatten(inputs: Sequence[Any], kwargs: dict[str, Any]) -> tuple[list[Any], 
     return pytree.tree_flatten((inputs, kwargs))
 
 
-def counted(name: str, number: Any) -> tuple[int, ...]:
-    """A whole number of at least 1, or several, as a tuple.
+def counted(name: str, number: Any, several: bool = False) -> tuple[int, ...]:
+    """A whole number of at least 1, or `several` in a sequence, as a tuple of ints.
 
     Raises:
         ValueError: it is none.
     """
-    numbers = tuple(number) if isinstance(number, Sequence) else (number,)
-    if not numbers or not all(isinstance(n, int) for n in numbers):
+    numbers = tuple(number) if several and isinstance(number, Sequence) else (number,)
+    if not numbers or not all(map(_is_whole, numbers)):
         raise ValueError(f"{name} must be a whole number, not {number!r}")
     if min(numbers) < 1:
         raise ValueError(f"{name} must be at least 1, not {number!r}")
-    return numbers
+    return tuple(map(operator.index, numbers))
+
+
+def _is_whole(number: Any) -> bool:
+    try:
+        operator.index(number)
+    except TypeError:
+        return False
+    return not isinstance(number, bool)
 
 
 def check_loss(lowered: Lowered, most: int = 0) -> None:

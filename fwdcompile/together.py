@@ -19,7 +19,7 @@ from .errors import HistoryError, MismatchError
 from .history import History, Record, check_header, read
 from .layout import Layout
 from .lowered import Lowered
-from .stepper import Plan, Stepper, kind_of
+from .stepper import Plan, Stepper, counted, kind_of
 from .words import stream_keys
 from .workers import Workers, digest
 
@@ -54,9 +54,8 @@ class Together(Stepper):
         orthogonal = isinstance(self.directions, Sphere) and self.directions.orthogonal
         if workers.share == "directions" and orthogonal:
             raise ValueError('orthogonal directions are drawn together: share="data" has that')
-        if check_every < 1:
-            raise ValueError(f"check_every must be at least 1, not {check_every}")
-        self.workers, self.check_every, self.broadcast_buffers = workers, check_every, buffers
+        (self.check_every,) = counted("check_every", check_every)
+        self.workers, self.broadcast_buffers = workers, buffers
         self._path = None if history is None else Path(history)
         self._history: History | None = None
         self._written: Layout | None = None

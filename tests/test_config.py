@@ -40,6 +40,7 @@ def test_sources() -> None:
     [
         ({"iterations": 0}, "iterations must be at least 1, not 0"),
         ({"batch": -1}, "batch must be at least 1"),
+        ({"iterations": (1, 2)}, "iterations must be a whole number"),
         ({"samples": 2.5}, "samples must be a whole number, not 2.5"),
         ({"samples": ()}, "samples must be a whole number"),
         ({"methods": ("torch-jvp",), "perturb": "activations"}, "torch-jvp perturbs weights alone"),

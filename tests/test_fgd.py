@@ -4,6 +4,7 @@ import copy
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from nets import Mlp, Tied
@@ -163,6 +164,16 @@ def test_the_loss_must_be_a_floating_scalar(loss_fn: Any, message: str) -> None:
         FGD(Mlp(), loss_fn, lr=0.1, compile=False).step(X, Y)
 
 
+def test_numbers_of_numpy_are_whole_numbers() -> None:
+    two: Any = np.int64(2)
+    assert type(FGD(Mlp(), F.cross_entropy, lr=0.1, samples=two).samples) is int
+    grad = ForwardGradient(
+        Mlp(), F.cross_entropy, perturb="activations", samples=two, compile=False
+    )
+    grad(X, Y)
+    assert grad.samples == 2
+
+
 def test_bad_settings_are_refused() -> None:
     for settings in ({"lr": 0.0}, {"lr": 1.0, "decay": -1.0}, {"lr": 1.0, "samples": 0},
                      {"lr": 1.0, "mode": "fast"}, {"lr": float("inf")}, {"lr": 1.0, "samples": 2.0},
@@ -170,6 +181,9 @@ def test_bad_settings_are_refused() -> None:
                      {"lr": 1.0, "directions": fwdcompile.Rademacher}):  # fmt: skip
         with pytest.raises(ValueError, match="must be|at least|must know the mode"):
             FGD(Mlp(), F.cross_entropy, **settings)  # type: ignore[arg-type]
+    for samples in (2.0, True, np.float64(2)):
+        with pytest.raises(ValueError, match="samples must be a whole number"):
+            ForwardGradient(Mlp(), F.cross_entropy, samples=samples)  # type: ignore[arg-type]
     with pytest.raises(fwdcompile.TangentError, match="requires a gradient"):
         FGD(nn.ReLU(), F.cross_entropy, lr=0.1)
 

@@ -348,6 +348,11 @@ def test_integer_arguments_have_no_tangent() -> None:
         fwdcompile.transform(Tied())(tokens, tangents={"tokens": tokens})
 
 
+def test_a_mode_that_torch_compile_does_not_have_is_refused() -> None:
+    with pytest.raises(ValueError, match="torch.compile must know the mode, and has none called"):
+        fwdcompile.transform(Mlp(), mode="fast")
+
+
 def test_nothing_to_show_before_the_first_call() -> None:
     with pytest.raises(fwdcompile.FwdcompileError, match="lower"):
         _ = fwdcompile.transform(Mlp()).code

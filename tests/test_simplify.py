@@ -58,4 +58,4 @@ def test_passes_keep_the_primal_bit_identical() -> None:
 
 def test_unknown_pass() -> None:
     with pytest.raises(ValueError, match="no pass is called 'magic'"):
-        simplify(fx.Graph(), ("magic",))
+        fwdcompile.transform(torch.sin, passes=("magic",))
