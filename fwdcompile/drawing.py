@@ -80,7 +80,7 @@ class Draw:
                 small.setdefault(dtype, {})[number] = words
             else:
                 large.setdefault((words, dtype), []).append(number)
-        self._together = [Together(dense, dtype, words, device) for dtype, words in small.items()]
+        self._small = [SmallDraws(dense, dtype, words, device) for dtype, words in small.items()]
         repeated = [(what, numbers) for what, numbers in large.items() if len(numbers) > 1]
         self._alike = [(stream_of(dense, *what), numbers) for what, numbers in repeated]
 
@@ -88,8 +88,8 @@ class Draw:
         """For each sample, the directions of all that has one, by name."""
         keys = stream_keys(seed, step, self._samples, len(self.kinds), self._first).flatten(0, 1)
         numbers: dict[int, Tensor] = {}
-        for together in self._together:
-            numbers |= together(keys)
+        for small in self._small:
+            numbers |= small(keys)
         own = torch.split(keys.flatten(), 2)
         for stream, alike in self._alike:
             numbers |= {number: stream(own[number]) for number in alike}
@@ -128,7 +128,7 @@ def stream_of(directions: Directions, words: int, dtype: torch.dtype) -> Callabl
     return chosen
 
 
-class Together:
+class SmallDraws:
     """The numbers of all that is small and of one dtype, made in one loop.
 
     Args:
