@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -55,37 +54,37 @@ def train(
             help=f"separated by commas: {', '.join(NAMES)}; each may have settings of its own, "
             "as fgd:lr=1e-3:samples=16"
         ),
-    ] = "fgd,backprop,backprop-compiled",
-    iterations: Annotated[int, typer.Option(help="steps of each method")] = 1000,
-    batch: Annotated[int, typer.Option(help="images a step")] = 64,
-    lr: Annotated[float, typer.Option(help="learning rate at iteration 0")] = 2e-4,
-    decay: Annotated[float, typer.Option(help="k in lr exp(-k i)")] = 1e-4,
-    runs: Annotated[int, typer.Option(help="independent runs")] = 1,
-    seed: Annotated[int, typer.Option(help="of the first run")] = 0,
-    directions: Annotated[str, typer.Option(help=f"{', '.join(DIRECTIONS)}")] = "normal",
+    ] = ",".join(Config.methods),
+    iterations: Annotated[int, typer.Option(help="steps of each method")] = Config.iterations,
+    batch: Annotated[int, typer.Option(help="images a step")] = Config.batch,
+    lr: Annotated[float, typer.Option(help="learning rate at iteration 0")] = Config.lr,
+    decay: Annotated[float, typer.Option(help="k in lr exp(-k i)")] = Config.decay,
+    runs: Annotated[int, typer.Option(help="independent runs")] = Config.runs,
+    seed: Annotated[int, typer.Option(help="of the first run")] = Config.seed,
+    directions: Annotated[str, typer.Option(help=f"{', '.join(DIRECTIONS)}")] = Config.directions,
     rank_one: Annotated[
         bool, typer.Option("--rank-one", help="directions of weights are outer products")
-    ] = False,
+    ] = Config.rank_one,
     samples: Annotated[
         str, typer.Option(help="directions a step; 1/16 for those of each layer's activations")
-    ] = "1",
-    perturb: Annotated[str, typer.Option(help=" or ".join(PERTURBED))] = "weights",
-    optimizer: Annotated[str, typer.Option(help=", ".join(OPTIMIZERS))] = "sgd",
-    clip: Annotated[float, typer.Option(help="the most of a directional derivative")] = math.inf,
+    ] = str(Config.samples),
+    perturb: Annotated[str, typer.Option(help=" or ".join(PERTURBED))] = Config.perturb,
+    optimizer: Annotated[str, typer.Option(help=", ".join(OPTIMIZERS))] = Config.optimizer,
+    clip: Annotated[float, typer.Option(help="the most of a directional derivative")] = Config.clip,
     every: Annotated[
         int, typer.Option(help="steps between looks at the validation set, and checkpoints")
-    ] = 50,
-    compile: Annotated[bool, typer.Option(help="compile the fgd step")] = True,
-    mode: Annotated[str, typer.Option(help="torch.compile's mode")] = "default",
+    ] = Config.every,
+    compile: Annotated[bool, typer.Option(help="compile the fgd step")] = Config.compile,
+    mode: Annotated[str, typer.Option(help="torch.compile's mode")] = Config.mode,
     skip_nonfinite: Annotated[
         bool, typer.Option("--skip-nonfinite", help="leave steps out that are not finite")
-    ] = False,
+    ] = Config.skip_nonfinite,
     tensorboard: Annotated[
         bool, typer.Option("--tensorboard", help="write TensorBoard's event files")
     ] = False,
     share: Annotated[
         str, typer.Option(help=f"what workers share, under torchrun: {' or '.join(SHARES)}")
-    ] = "data",
+    ] = Config.share,
     resume: Annotated[
         bool, typer.Option("--resume", help="go on from --out, maybe for more --runs")
     ] = False,

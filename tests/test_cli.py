@@ -11,6 +11,7 @@ from torch import nn
 from fwdcompile import rule
 from fwdcompile.__main__ import main as entry
 from fwdcompile.cli import main
+from fwdcompile.config import Config
 
 TRAIN = ["train", "logistic-regression", "--no-compile", "--iterations", "4", "--every", "2"]
 
@@ -52,6 +53,17 @@ def run(*args: str, capsys: pytest.CaptureFixture[str], code: int = 0) -> tuple[
 
 def body(text: str) -> str:
     return text.split("def forward(")[1].split("# What the arguments")[0]
+
+
+def test_training_has_the_defaults_of_a_config(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(build: object, data: object, config: Config, *rest: object) -> None:
+        raise ValueError("as it is" if config == Config() else f"another one: {config}")
+
+    monkeypatch.setattr("fwdcompile.cli.compare", stop)
+    _, err = run("train", "mlp", capsys=capsys, code=2)
+    assert "as it is" in err
 
 
 def test_train_prints_the_table_and_leaves_log_and_picture(
