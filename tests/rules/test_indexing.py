@@ -11,7 +11,6 @@ from torch import Tensor
 from torch._ops import OpOverload
 
 import fwdcompile
-from fwdcompile.rule import table
 
 aten = torch.ops.aten
 
@@ -170,11 +169,3 @@ def test_the_tangent_has_its_primals_dtype(dtype: torch.dtype) -> None:
         _, dots = jvp_by_rule(op, args, {}, {0: x})
         assert dots[0] is not None
         assert dots[0].dtype == dtype
-
-
-def test_every_row_has_a_sample() -> None:
-    tested = {op for op, _, _ in READS + WRITES}
-    tested |= {aten._embedding_bag.default, aten._embedding_bag_forward_only.default}
-    rows = {op for op, row in table.items() if row.where.startswith("rules/indexing.py")}
-    by_value = {aten.masked_select.default, aten.repeat_interleave.self_Tensor}
-    assert rows - by_value == tested - by_value
