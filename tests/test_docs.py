@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import subprocess
@@ -24,6 +25,7 @@ from coverage_page import page
 from oracle import REVIEWED
 
 import fwdcompile
+from fwdcompile.distributed import DistributedFGD
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import activity
@@ -45,6 +47,23 @@ def test_readme_shows_the_program_its_example_prints(tmp_path: Path) -> None:
         [sys.executable, "-W", "ignore", str(script)], check=True, capture_output=True, text=True
     ).stdout
     assert program in out
+
+
+def test_readme_replays_the_history_that_it_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (block,) = [block for block in blocks("README.md") if "DistributedFGD" in block]
+    writes, replays = block.replace("lr=2e-4", "lr=2e-4, compile=False").split("fgd.replay")
+    x, target, loss_fn = torch.randn(4, 3), torch.randn(4, 2), torch.nn.functional.mse_loss
+    model = torch.nn.Linear(3, 2)
+    names = {"x": x, "target": target, "loss_fn": loss_fn, "rank": 0, "size": 1}
+    twin = copy.deepcopy(model)
+    exec(writes, names | {"model": model})
+    fgd = DistributedFGD(twin, loss_fn, lr=2e-4, compile=False)
+    exec(f"fgd.replay{replays}", {"fgd": fgd})
+    torch.testing.assert_close(twin.weight, model.weight, rtol=0, atol=0)
+    assert fgd.iteration == 1
 
 
 def test_readme_table_is_the_first_of_the_results_file() -> None:
