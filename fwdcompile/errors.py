@@ -1,4 +1,7 @@
-"""The errors of fwdcompile. Settings that cannot be are a ValueError, as everywhere."""
+"""The errors of fwdcompile; all but those of settings are a `FwdcompileError`.
+
+Settings that cannot be, such as a negative learning rate, raise ValueError.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,11 @@ class NonFiniteError(FwdcompileError, ArithmeticError):
 
 
 class LossError(FwdcompileError, ValueError):
-    """An objective is called wrongly, or returns what is no loss: floats of no dimensions."""
+    """An objective is called wrongly, or returns no loss.
+
+    A loss is a floating-point tensor of no dimensions, or several in a tuple or list; where
+    activations are perturbed, also a vector with one for each example.
+    """
 
 
 class DataError(FwdcompileError, ValueError):
