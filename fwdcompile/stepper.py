@@ -237,7 +237,8 @@ class Stepper:
         for slot, out in pairs:
             if slot.kind in ("buffer", "input"):
                 values[slot.name].copy_(torch.where(finite, out, values[slot.name]))
-        return sum_of(losses.values()), finite, trained, drawn, known, outs
+        loss = sum_of(losses.values()).clone()  # it may be a parameter, which moves
+        return loss, finite, trained, drawn, known, outs
 
     def _weights(
         self, slopes: Mapping[str, Tensor], drawn: list[Drawn], reached: Reached

@@ -174,6 +174,23 @@ def test_numbers_of_numpy_are_whole_numbers() -> None:
     assert grad.samples == 2
 
 
+@pytest.mark.parametrize("compile", [False, True])
+def test_a_loss_that_is_a_parameter_is_that_of_before_the_step(compile: bool) -> None:
+    class Alone(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.tensor(2.0))
+
+        def forward(self) -> torch.Tensor:
+            return self.w
+
+    model = Alone()
+    signs = fwdcompile.Rademacher()
+    loss = fwdcompile.FGD(model, lr=0.5, directions=signs, compile=compile).step()
+    assert not isinstance(loss, nn.Parameter)
+    assert (float(loss), float(model.w.detach())) == (2.0, 1.5)
+
+
 def test_bad_settings_are_refused() -> None:
     for settings in ({"lr": 0.0}, {"lr": 1.0, "decay": -1.0}, {"lr": 1.0, "samples": 0},
                      {"lr": 1.0, "mode": "fast"}, {"lr": float("inf")}, {"lr": 1.0, "samples": 2.0},
