@@ -18,9 +18,10 @@ from .drawing import kinds_of
 from .export import Engine, export
 from .lowered import Lowered
 from .parts import Model
+from .plan import Plan, plain_slots
 from .program import outputs_reached
 from .redraw import move
-from .stepper import NonFinite, Plan, Stepper, check_loss, counted, plain_names, sum_of
+from .stepper import NonFinite, Stepper, check_loss, counted, sum_of
 from .words import stream_keys
 
 Perturbed = Literal["weights", "activations"]
@@ -178,7 +179,7 @@ class FGD(Stepper):
         run = super()._launched(lowered)
         if self._store_directions:
             return run
-        places = {name: i for i, name in enumerate(plain_names(lowered))}
+        places = {slot.name: i for i, slot in enumerate(plain_slots(lowered))}
         trained = [places[name] for name in kinds_of(lowered) if name in places]
 
         def redrawn(tensors: Sequence[Tensor], *numbers: Tensor) -> Any:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -13,7 +11,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .autocast import without_casts
-from .binding import arrange, refuse_shared, signature_of, state_homes
+from .binding import arrange, signature_of, state_homes
 from .compiling import Replayed, check_mode, compiled_step, replays
 from .directions import Directions, Normal
 from .drawing import Draw, Drawn, Kinds
@@ -22,57 +20,12 @@ from .forward import StepForward
 from .lowered import Lowered
 from .objective import Objective
 from .parts import Model, input_leaves, modules_of
-from .program import Reached, Slot, value
+from .plan import Plan, moving, plain_slots
+from .program import Reached, value
 from .redraw import Redraw
 from .sizes import mark_open
 
 NonFinite = Literal["raise", "skip"]
-
-
-@dataclass(frozen=True, eq=False)
-class Plan:
-    """A compiled step for one kind of input, and the tensors it reads and writes."""
-
-    run: Callable[..., Any]
-    lowered: Lowered
-    state: dict[str, tuple[dict[str, Any], str]]
-    leaves: dict[str, int]
-
-    @cached_property
-    def slots(self) -> list[Slot]:
-        """What `tensors` stand for."""
-        return [s for s in self.lowered.program.inputs if s.kind not in ("tangent", "constant")]
-
-    def tensors(self, inputs: Sequence[Any]) -> list[Tensor]:
-        """What the program reads, in its order; state is looked up anew, it may be replaced.
-
-        Raises:
-            TangentError: one that the program writes to shares memory with another.
-        """
-        found = []
-        for slot in self.slots:
-            if slot.kind == "input":
-                found.append(inputs[self.leaves[slot.name]])
-            else:
-                home, key = self.state[slot.name]
-                found.append(home[key])
-        refuse_shared(self.slots, self.lowered.program.changed, found)
-        return found
-
-    def written(self, inputs: Sequence[Any]) -> tuple[list[Tensor], list[Tensor]]:
-        """The buffers and the inputs that the program changes."""
-        slots = self.lowered.program.outputs
-        homes = (self.state[slot.name] for slot in slots if slot.kind == "buffer")
-        changed = [inputs[self.leaves[slot.name]] for slot in slots if slot.kind == "input"]
-        return [home[key] for home, key in homes], changed
-
-    def trained(self) -> list[Tensor]:
-        """The parameters that have tangents, in the order of their keys, then all others."""
-        program = self.lowered.program
-        names = [slot.name for slot in program.inputs if slot.kind == "tangent"]
-        names += [slot.name for slot in program.outputs if slot.kind == "gradient"]
-        homes = (self.state[name] for name in dict.fromkeys(names) if name in self.state)
-        return [home[key] for home, key in homes]
 
 
 class Stepper:
@@ -186,7 +139,7 @@ class Stepper:
         mark_open(lowered.program, named)
         places = {name: i for i, name in enumerate(named)}
         if self._as_graph():
-            run = Replayed(run, *_moving(lowered))
+            run = Replayed(run, *moving(lowered))
         return Plan(run, lowered, state_homes(self.objective), places)
 
     def _as_graph(self) -> bool:
@@ -222,7 +175,8 @@ class Stepper:
         model changes, unless something is not finite.
         """
         program = lowered.program
-        values = dict(zip(plain_names(lowered), tensors, strict=True))
+        names = [slot.name for slot in plain_slots(lowered)]
+        values = dict(zip(names, tensors, strict=True))
         trained = {name: values[name] for name in draw.kinds if name in values}
         drawn = draw(seed, step)
         outs = lowered.function(*arrange(program.inputs, values, drawn))
@@ -281,21 +235,6 @@ class Stepper:
             "derivative is not finite; parameters and buffers are as they were. Lower the "
             'learning rate, or pass nonfinite="skip" to leave such steps out.'
         )
-
-
-def _moving(lowered: Lowered) -> tuple[list[int], list[int]]:
-    """The places of inputs in `Plan.tensors`, and of those among them that the program changes."""
-    names = plain_names(lowered)
-    program = lowered.program
-    inputs = [slot.name for slot in program.inputs if slot.kind == "input"]
-    written = [slot.name for slot in program.outputs if slot.kind == "input"]
-    return [names.index(name) for name in inputs], [names.index(name) for name in written]
-
-
-def plain_names(lowered: Lowered) -> list[str]:
-    """The names of `Plan.tensors`, in their order."""
-    slots = lowered.program.inputs
-    return [slot.name for slot in slots if slot.kind not in ("tangent", "constant")]
 
 
 def sum_of(terms: Iterable[Tensor]) -> Tensor:

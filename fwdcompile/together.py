@@ -19,7 +19,8 @@ from .errors import HistoryError, MismatchError
 from .history import History, Record, check_header, read
 from .layout import Layout
 from .lowered import Lowered
-from .stepper import Plan, Stepper, counted, kind_of
+from .plan import Plan
+from .stepper import Stepper, counted, kind_of
 from .words import stream_keys
 from .workers import Workers, digest
 
