@@ -15,7 +15,7 @@ from operator import is_
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .binding import signature_of
 from .parts import Model, modules_of
@@ -38,7 +38,11 @@ class Watch:
         self._views: list[View] = []
         self._looks: list[Callable[[], Sequence[Any]]] = []
         self._spaces: list[Any] = []
-        self._modules: list[nn.Module] = []
+        self._homes: list[dict[str, Any]] = []  # of parameters, of buffers, module by module
+        self._tensors: list[Tensor] = []
+        self._kinds: list[Any] = []
+        self._states: dict[Any, int] = {}
+        self._state = -1
         self._seen: list[Any] = []
         self._sizes: list[int] = []
         self._tokens: list[Any] = []
@@ -57,17 +61,22 @@ class Watch:
             self._see()
             self._versions[tuple(self._tokens)] = self._version
 
-    def state(self) -> tuple[Any, ...]:
-        """What of parameters and buffers decides a program, and which of them are tied."""
-        homes = (home for m in self._modules for home in (m._parameters, m._buffers))
-        tensors = [x for home in homes for x in home.values() if x is not None]
-        first: dict[int, int] = {}
-        return tuple((first.setdefault(id(x), i), signature_of(x)) for i, x in enumerate(tensors))
+    def state(self) -> int:
+        """The number of what of parameters and buffers decides a program, and of which are tied."""
+        tensors = [x for home in self._homes for x in home.values() if x is not None]
+        kinds = [(x.shape, x.stride(), x.dtype, x.device) for x in tensors]
+        if kinds != self._kinds or not all(map(is_, tensors, self._tensors)):
+            first: dict[int, int] = {}
+            ties = tuple(first.setdefault(id(x), i) for i, x in enumerate(tensors))
+            found = ties, tuple(map(signature_of, tensors))
+            self._state = self._states.setdefault(found, len(self._states))
+            self._tensors, self._kinds = tensors, kinds
+        return self._state
 
     def trained(self) -> tuple[bool, ...]:
         """Which parameters of the modules last seen require gradients."""
-        homes = (module._parameters.values() for module in self._modules)
-        return tuple(p.requires_grad for home in homes for p in home if p is not None)
+        parameters = (p for home in self._homes[::2] for p in home.values())
+        return tuple([p.requires_grad for p in parameters if p is not None])
 
     def _is_another(self) -> bool:
         seen, sizes = self._look()
@@ -86,7 +95,7 @@ class Watch:
     def _see(self) -> None:
         self._views = views_of(self._model)
         roots = nn.ModuleList(modules_of(self._model).values())
-        self._modules = [*roots.modules()]
+        self._homes = [home for m in roots.modules() for home in (m._parameters, m._buffers)]
         self._looks = [view.look for view in self._views if not view.still]
         self._spaces = [view.space for view in self._views if view.space is not None]
         self._seen, self._sizes = self._look()
