@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from oracle import REVIEWED
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -408,7 +409,13 @@ def test_parameters_are_replaced_and_tied_between_steps(change: str) -> None:
         STATES[change](net)
 
 
-@pytest.mark.parametrize("numbers", [(0.0, -0.0), (float("nan"), float("nan"))])
+NANS = pytest.param(
+    (math.nan, math.nan),
+    marks=pytest.mark.skipif(not REVIEWED, reason="torch 2.11 exports for no NaN"),
+)
+
+
+@pytest.mark.parametrize("numbers", [(0.0, -0.0), NANS])
 def test_plain_numbers_are_told_apart_by_what_they_do(numbers: tuple[float, float]) -> None:
     def function(x: Tensor, s: float) -> Tensor:
         return torch.atan2(0 * x, torch.full_like(x, 2.0 if math.isnan(s) else s))
