@@ -155,8 +155,7 @@ class FGD(Stepper):
             >>> out = torch.export.load("step.pt2").module()(tensors)
             >>> out["loss"], out["new.fc1.weight"]
         """
-        lowered = self._forward.lower(*inputs, **self._asked(), **kwargs)
-        self._check(lowered)
+        lowered = self._lowered(inputs, kwargs)
         values, _ = call_values(self.objective, inputs, kwargs)
         own = {"seed": self._seed, "step": self._step, "lr": self._rates.new_tensor(self.lr)}
         with without_casts():

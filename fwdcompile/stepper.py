@@ -106,6 +106,7 @@ class Stepper:
         What was measured is kept for other runs: in $FWDCOMPILE_COSTS, or fwdcompile/costs.json in
         the cache of the user.
         """
+        self.objective.check(inputs, kwargs)
         self._forward.calibrate(*inputs, **self._asked(), **kwargs)
         self._plans.clear()
 
@@ -126,14 +127,19 @@ class Stepper:
         state = self._forward.state_key(), self._forward.watch.trained()
         key = (tuple(map(signature_of, leaves)), spec, state)
         if key not in self._plans or self._plans[key].lowered.program.is_stale:
-            self.objective.check(inputs, kwargs)
-            lowered = self._forward.lower(*inputs, **self._asked(), **kwargs)
+            lowered = self._lowered(inputs, kwargs)
             known = (plan for plan in self._plans.values() if plan.lowered is lowered)
             self._plans[key] = next(known, None) or self._planned(lowered, inputs, kwargs)
         return self._plans[key], leaves
 
-    def _planned(self, lowered: Lowered, inputs: Sequence[Any], kwargs: dict[str, Any]) -> Plan:
+    def _lowered(self, inputs: Sequence[Any], kwargs: dict[str, Any]) -> Lowered:
+        """The program of a step, for arguments and an objective that fit."""
+        self.objective.check(inputs, kwargs)
+        lowered = self._forward.lower(*inputs, **self._asked(), **kwargs)
         self._check(lowered)
+        return lowered
+
+    def _planned(self, lowered: Lowered, inputs: Sequence[Any], kwargs: dict[str, Any]) -> Plan:
         run = self._launched(lowered)
         named = dict(input_leaves(self.objective, inputs, kwargs))
         mark_open(lowered.program, named)

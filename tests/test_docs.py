@@ -274,5 +274,33 @@ def test_readme_has_the_times_of_laplacians() -> None:
     assert f"JAX's Hessian jitted {jax[0]} and {jax[1]} (" in text
 
 
+def test_readme_counts_the_models_that_are_right() -> None:
+    headings = re.findall(r"(?m)^## .*: (\d+) of (\d+)$", (ROOT / "docs/models.md").read_text())
+    right, all_of_them = (sum(map(int, counts)) for counts in zip(*headings, strict=True))
+    text = " ".join((ROOT / "README.md").read_text().split())
+    assert f"has {right} of {all_of_them} models of torchvision" in text
+    few = ["none", "one", *["two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]]
+    assert f"says why {few[all_of_them - right]} do not" in text
+
+
+def test_readme_has_the_times_of_hessians_and_steps_and_their_memory() -> None:
+    text = " ".join((ROOT / "README.md").read_text().split())
+    works = json.loads((ROOT / "docs/results/jacobians-cpu.json").read_text())["works"]
+    methods = works["forces of 16 atoms, 48 to 48"]["methods"]
+    names = ("fwdcompile.jacfwd, compiled", "torch.func.jacrev, compiled", "jax.jacfwd, jitted")
+    ours, torchs, jaxs = (f"{methods[name]['ms']:.1f}" for name in names)
+    assert f"of 16 atoms takes {ours} ms so, {torchs} by `torch.compile` over" in text
+    assert f"`torch.func.jacrev`, and {jaxs} by JAX" in text
+    works = json.loads((ROOT / "docs/results/step-cpu.json").read_text())["works"]
+    papers = (works[name]["methods"] for name in ("logistic-regression", "mlp", "cnn"))
+    ratios = [methods["fgd rank-one"]["ratio"] for methods in papers]
+    assert f"takes {min(ratios):.2f} to {max(ratios):.2f} of compiled" in text
+    works = json.loads((ROOT / "docs/results/memory-cpu.json").read_text())["works"]
+    methods = works["mlp-depth-100, batch 1024"]["methods"]
+    ours, autograds = (methods[name]["peak"] / 2**20 for name in ("fgd rank-one", "backprop"))
+    assert f"takes {ours:.0f} MiB above parameters and data where" in text
+    assert f"backpropagation takes {autograds:.0f} (" in text
+
+
 def _dense(text: str) -> str:
     return re.sub(r"\s", "", text)
