@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -225,7 +226,7 @@ def test_the_rate_can_be_set_between_steps() -> None:
 @pytest.mark.parametrize("inputs", [(), (X,), (X, Y, Y)])
 def test_arguments_beside_the_target_are_the_models(inputs: Any, tmp_path: Path) -> None:
     fgd = FGD(Mlp(), F.cross_entropy, lr=0.1, compile=False)
-    for call in (fgd.step, fgd.calibrate, functools.partial(fgd.export, tmp_path / "step.pt2")):
+    for call in (fgd.step, fgd.calibrate, partial(fgd.export, tmp_path / "step.pt2")):
         with pytest.raises(fwdcompile.LossError, match="all but the last positional argument"):
             call(*inputs)
 
