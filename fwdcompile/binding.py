@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .directions import RankOne, dense_tensor
 from .errors import TangentError
-from .parts import Model, input_leaves, modules_of, named_state, tied_names
+from .parts import Model, inner_tensors, input_leaves, modules_of, named_state, tied_names
 from .program import OutSpec, Program, Slot, is_differentiable
 from .sizes import wider
 
@@ -33,18 +33,33 @@ def call_values(
     for name, leaf in input_leaves(model, args, kwargs):
         if name in values:
             raise TangentError(f"argument {name!r} has the name of a parameter; rename one of them")
+        if inner_tensors(leaf):
+            raise TangentError(f"{name!r} is a {type(leaf).__name__}: give a plain tensor")
         values[name] = leaf
     return values, tied
 
 
-def state_homes(model: Model) -> dict[str, tuple[dict[str, Any], str]]:
+def state_homes(model: Model) -> dict[str, tuple[Any, str]]:
     """Where each parameter and buffer is kept: the dict of its module, and the key in it."""
-    homes: dict[str, tuple[dict[str, Any], str]] = {}
+    homes: dict[str, tuple[Any, str]] = {}
     for root, module in modules_of(model).items():
         for path, owner in module.named_modules(prefix=root, remove_duplicate=False):
             for home in (owner._parameters, owner._buffers):
-                homes |= {f"{path}.{key}".lstrip("."): (home, key) for key, _ in home.items()}
+                for key, x in home.items():
+                    name, inner = f"{path}.{key}".lstrip("."), Inner(home, key)
+                    homes |= {name: (home, key)}
+                    homes |= {f"{name}.{part}": (inner, part) for part in inner_tensors(x)}
     return homes
+
+
+class Inner:
+    """Where the plain tensors are kept that a parameter or buffer of a subclass consists of."""
+
+    def __init__(self, home: dict[str, Any], key: str) -> None:
+        self._home, self._key = home, key
+
+    def __getitem__(self, part: str) -> Tensor:
+        return inner_tensors(self._home[self._key])[part]
 
 
 def by_direction(tangents: Any) -> tuple[list[Any], bool]:
@@ -169,6 +184,11 @@ def check_name(name: str, values: Mapping[str, Any]) -> None:
     if not is_differentiable(values[name]):
         kind = getattr(values[name], "dtype", type(values[name]).__name__)
         raise TangentError(f"{name!r} is {kind}: only floating-point tensors have tangents")
+    if inner := inner_tensors(values[name]):
+        raise TangentError(
+            f"{name!r} is a {type(values[name]).__name__}, which has no tangent; it consists of "
+            f"{', '.join(f'{name}.{part}' for part in inner)}"
+        )
     _check_dense(values[name])
 
 
@@ -241,7 +261,11 @@ def signature_of(x: Any) -> Any:
     """What of an input decides the captured graph: a tensor's metadata, anything else's value."""
     if isinstance(x, Tensor):
         _check_dense(x)
-        return x.shape, x.stride(), x.dtype, x.device
+        kind = x.shape, x.stride(), x.dtype, x.device
+        if inner := inner_tensors(x):
+            context = x.__tensor_flatten__()[1]  # type: ignore[attr-defined]
+            return kind, type(x), repr(context), *map(signature_of, inner.values())
+        return kind
     if isinstance(x, float | complex):
         return type(x), repr(x)  # tells 0.0 and -0.0 apart, and no NaN from another
     try:

@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 from .errors import CaptureError
 from .explain import no_tensor
 from .hazards import source_of, user_line
-from .parts import Model, aliases_of, dotted
+from .parts import Model, dotted, named_state, names_in_exports, tied_names
 from .program import OutSpec, Program, Slot, identifier, op_name, rename, value
 from .sizes import Sym
 from .subgraph import adopt
@@ -45,9 +45,11 @@ def adopted(exported: ExportedProgram, model: Model, paths: list[str]) -> Progra
     graph = fx.Graph()
     results: Any = graph.graph_copy(exported.graph, {})
     _mark_sources(graph)
-    aliases = aliases_of(model)
-    inputs, plain = _inputs(graph, exported, iter(paths), aliases)
-    nodes, slots, leaves = _outputs(results, exported, inputs, aliases)
+    state = named_state(model, "parameter") | named_state(model, "buffer")
+    aliases = tied_names(state)
+    names = {old: aliases.get(new, new) for old, new in names_in_exports(state).items()} | aliases
+    inputs, plain = _inputs(graph, exported, iter(paths), names)
+    nodes, slots, leaves = _outputs(results, exported, inputs, names)
     graph.output(tuple(nodes))
     _rename(graph, {node: identifier(_qualified(slot.name)) for slot, node in inputs.items()})
     adopt(graph, exported.graph_module, _tidy_inner)
@@ -109,14 +111,14 @@ def _qualified(target: str) -> str:
 
 
 def _inputs(
-    graph: fx.Graph, exported: ExportedProgram, names: Iterator[str], aliases: dict[str, str]
+    graph: fx.Graph, exported: ExportedProgram, paths: Iterator[str], names: dict[str, str]
 ) -> tuple[dict[Slot, fx.Node], dict[str, Any]]:
     """The placeholders that stay, by what they stand for, and plain arguments by their names."""
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     inputs: dict[Slot, fx.Node] = {}
     plain: dict[str, Any] = {}
     for node, spec in zip(placeholders, exported.graph_signature.input_specs, strict=True):
-        slot = _input_slot(node, spec, names, aliases)
+        slot = _input_slot(node, spec, paths, names)
         if not isinstance(spec.arg, ConstantArgument) and slot not in inputs:
             inputs[slot] = node
             continue
@@ -128,7 +130,7 @@ def _inputs(
 
 
 def _input_slot(
-    node: fx.Node, spec: InputSpec, names: Iterator[str], aliases: dict[str, str]
+    node: fx.Node, spec: InputSpec, paths: Iterator[str], names: dict[str, str]
 ) -> Slot:
     if spec.kind not in _INPUT_KINDS:
         kind = getattr(spec.arg, "class_fqn", spec.kind.name)
@@ -136,18 +138,18 @@ def _input_slot(
         raise CaptureError(f"{where}\n  {no_tensor(kind)}")
     kind = _INPUT_KINDS[spec.kind]
     if kind == "input":
-        return Slot(kind, next(names))
+        return Slot(kind, next(paths))
     if kind == "constant":
         return Slot(kind, spec.target or "")
     name = _qualified(spec.target or "")
-    return Slot(kind, aliases.get(name, name))
+    return Slot(kind, names.get(name, name))
 
 
 def _outputs(
     results: Sequence[Any],
     exported: ExportedProgram,
     inputs: dict[Slot, fx.Node],
-    aliases: dict[str, str],
+    names: dict[str, str],
 ) -> tuple[list[fx.Node], list[Slot], list[tuple[bool, Any]]]:
     signature = exported.graph_signature
     out_spec = exported.call_spec.out_spec
@@ -156,6 +158,9 @@ def _outputs(
     )
     out_names = iter([dotted("out", path) for path, _ in paths])
     named = {node.name: slot.name for slot, node in inputs.items()}
+    given = [spec for spec in signature.output_specs if spec.kind == OutputKind.USER_OUTPUT]
+    if len(given) > len(paths):
+        raise CaptureError("The model returns a tensor of a subclass; let it return a plain one.")
     nodes, slots, leaves = [], [], []
     for result, spec in zip(results, signature.output_specs, strict=True):
         if spec.kind not in _OUTPUT_KINDS:
@@ -168,5 +173,5 @@ def _outputs(
             leaves.append((True, name) if isinstance(result, fx.Node) else (False, result))
         if isinstance(result, fx.Node):
             nodes.append(result)
-            slots.append(Slot(kind, aliases.get(name, name)))
+            slots.append(Slot(kind, names.get(name, name)))
     return nodes, slots, leaves

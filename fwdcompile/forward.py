@@ -30,7 +30,7 @@ from .errors import TangentError
 from .inside import is_capturing, refused
 from .lowered import Lowered
 from .lowering import Lowering
-from .parts import modules_of
+from .parts import named_state
 from .program import graphs, is_differentiable
 from .remake import refuse_autograd
 from .request import Request, factored, suffix
@@ -184,15 +184,14 @@ class Forward(Lowering):
         return Forward(self.model, passes=passes)
 
     def _chosen(self, tangents: str | Iterable[str], values: dict[str, Any]) -> list[str]:
-        modules = modules_of(self.base)
-        state = {n for p, m in modules.items() for n, _ in m.named_parameters(p)}
+        state = named_state(self.base, "parameter")
         if tangents == "parameters":
-            return [n for n in values if n in state and values[n].requires_grad]
-        if tangents == "inputs":
-            buffers = {n for p, m in modules.items() for n, _ in m.named_buffers(p)}
-            inputs = (n for n in values if n not in state | buffers)
-            return [n for n in inputs if is_differentiable(values[n])]
-        names = [tangents] if isinstance(tangents, str) else list(tangents)
+            names = [name for name, x in state.items() if x.requires_grad]
+        elif tangents == "inputs":
+            state |= named_state(self.base, "buffer")
+            names = [n for n, x in values.items() if n not in state and is_differentiable(x)]
+        else:
+            names = [tangents] if isinstance(tangents, str) else list(tangents)
         for name in names:
             check_name(name, values)
         return names

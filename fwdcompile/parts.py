@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .objective import Objective
 
 Model = Callable[..., Any]
+_PLAIN = (Tensor, nn.Parameter, nn.Buffer)
 # no module can go by these names within another
 _TAKEN = frozenset(dir(nn.Module())) | {"attributes", "_called"}
 
@@ -49,12 +51,39 @@ def modules_of(model: Model) -> dict[str, nn.Module]:
 
 
 def named_state(model: Model, kind: str) -> dict[str, Tensor]:
-    """Parameters or buffers by qualified name; a tied one appears under each of its names."""
+    """Parameters or buffers by qualified name; a tied one appears under each of its names.
+
+    One of a subclass of Tensor, such as a quantized weight, is followed by its `inner_tensors`.
+    """
     state: dict[str, Tensor] = {}
     for prefix, module in modules_of(model).items():
         walk = module.named_parameters if kind == "parameter" else module.named_buffers
         state.update(walk(prefix=prefix, remove_duplicate=False))
+    for name, x in [*state.items()]:
+        state |= {f"{name}.{path}": inner for path, inner in inner_tensors(x).items()}
     return state
+
+
+def inner_tensors(x: Any) -> dict[str, Tensor]:
+    """The plain tensors that one of a subclass consists of, by their path in it; else none."""
+    if type(x) in _PLAIN or not is_traceable_wrapper_subclass(x):
+        return {}
+    found: dict[str, Tensor] = {}
+    for name in x.__tensor_flatten__()[0]:
+        inner = getattr(x, name)
+        deeper = {f"{name}.{path}": part for path, part in inner_tensors(inner).items()}
+        found |= deeper or {name: inner}
+    return found
+
+
+def names_in_exports(state: Mapping[str, Tensor]) -> dict[str, str]:
+    """What torch.export calls inner tensors, with the names that they have here."""
+    names: dict[str, str] = {}
+    for name, x in state.items():
+        owner, _, last = name.rpartition(".")
+        torchs = f"{owner}.parametrizations.{last}.original".lstrip(".")
+        names |= {f"{torchs}{i}": f"{name}.{path}" for i, path in enumerate(inner_tensors(x))}
+    return names
 
 
 def aliases_of(model: Model) -> dict[str, str]:

@@ -20,7 +20,7 @@ class Plan:
 
     run: Callable[..., Any]
     lowered: Lowered
-    state: dict[str, tuple[dict[str, Any], str]]
+    state: dict[str, tuple[Any, str]]
     leaves: dict[str, int]
 
     @cached_property

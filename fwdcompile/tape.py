@@ -134,4 +134,5 @@ def _tie(root: nn.Module, tied: dict[str, str]) -> None:
     homes = state_homes(root)
     for name, first in tied.items():
         (home, key), (owner, own) = homes[name], homes[first]
-        home[key] = owner[own]
+        if isinstance(home, dict):  # and not within a tensor, which is tied as a whole
+            home[key] = owner[own]
