@@ -3,8 +3,8 @@
     python benchmarks/zoo.py [--models resnet18,"gpt2 causal"] [--families timm] [--minutes 60]
 
 The oracle is reverse mode or torch.func.jvp. Every model runs in training and in evaluation mode,
-with a random direction in all parameters and the images, on float64 weights, or float32 for those
-with more than `HEAVY` parameters. An entry is written as soon as it is measured; entries that the
+with a random direction in all plain parameters and the images, on float64 weights, or float32 for
+those that are quantized or have more than `HEAVY` parameters. An entry is written as soon as it is measured; entries that the
 file has are kept unless they are named.
 """
 
@@ -28,6 +28,7 @@ import zoo_transformers
 from results import RESULTS
 from zoo_models import STOPPED, build, families
 
+from fwdcompile.parts import inner_tensors
 from fwdcompile.program import is_differentiable
 from fwdcompile.runner import environment
 
@@ -44,7 +45,8 @@ def measure(name: str, training: bool) -> dict[str, Any]:
     """The error of one model's program, its size, and how long it took to make."""
     model, inputs = build(name)
     parameters = sum(p.numel() for p in model.parameters())
-    dtype = torch.float32 if parameters > HEAVY else torch.float64
+    quantized = any(map(inner_tensors, model.parameters()))  # of float32
+    dtype = torch.float32 if parameters > HEAVY or quantized else torch.float64
     torch.manual_seed(1)
     inputs = tuple(x.to(dtype) if is_differentiable(x) else x for x in inputs)
     case = Case.of(model.to(dtype).train(training), inputs)

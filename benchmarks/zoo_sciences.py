@@ -198,6 +198,35 @@ def _ode(method: str, **options: Any) -> Builder:
 HIDDEN: dict[str, Any] = {"hidden_features": (16,)}
 ONE, TWO = HIDDEN | {"transforms": 1}, HIDDEN | {"transforms": 2}
 
+def _quantized(make: Builder) -> Builder:
+    """A model with the weights of its linear layers in int8."""
+
+    def build() -> Built:
+        from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+        model, inputs = make()
+        quantize_(model, Int8WeightOnlyConfig())
+        return model, inputs
+
+    return build
+
+
+def _perceptron() -> Built:
+    layers = nn.Linear(32, 64), nn.LayerNorm(64), nn.GELU(), nn.Linear(64, 8)
+    return nn.Sequential(*layers), (torch.randn(4, 32),)
+
+
+def _llama() -> Built:
+    import transformers
+
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, use_cache=False,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config)
+    return Calls(lambda tokens: model(tokens).logits, model), (torch.randint(0, 64, (2, 9)),)
+
+
 FAMILIES: dict[str, dict[str, Builder]] = {
     "graph networks": {
         "pyg GCNConv": _graph_layer("GCNConv", 6, 4),
@@ -249,6 +278,10 @@ FAMILIES: dict[str, dict[str, Builder]] = {
             lambda transforms: transforms.MaskedAffineAutoregressiveTransform(3, 16)
         ),
         "nflows LULinear": _flow_of_layers(lambda transforms: transforms.LULinear(3)),
+    },
+    "quantized weights": {
+        "torchao int8 perceptron": _quantized(_perceptron),
+        "torchao int8 llama": _quantized(_llama),
     },
     "differential equations": {
         **{f"torchdiffeq {m}": _ode(m) for m in ("euler", "midpoint", "rk4", "explicit_adams")},

@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 import fwdcompile
 from fwdcompile.lowered import Lowered
-from fwdcompile.parts import input_leaves
+from fwdcompile.parts import inner_tensors, input_leaves
 from fwdcompile.program import is_differentiable, is_random
 
 # The torch that programs, pages and samples were reviewed with; the code runs on 2.11, too.
@@ -42,11 +42,12 @@ class Case:
 
     @staticmethod
     def of(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Case:
-        """Directions in all parameters and inputs that have a derivative."""
+        """Directions in all plain parameters and inputs that have a derivative."""
         args, kwargs = pytree.tree_map_only(Tensor, torch.clone, (args, kwargs or {}))
         leaves = input_leaves(model, args, kwargs)
         inputs = {name: x for name, x in leaves if is_differentiable(x)}
-        named = dict(model.named_parameters()) | inputs
+        parameters = {n: p for n, p in model.named_parameters() if not inner_tensors(p)}
+        named = parameters | inputs
         return Case(model, args, kwargs, named, directions(named))
 
     def outputs(self) -> Any:
