@@ -4,8 +4,8 @@
 
 The oracle is reverse mode or torch.func.jvp. Every model runs in training and in evaluation mode,
 with a random direction in all plain parameters and the images, on float64 weights, or float32 for
-those that are quantized or have more than `HEAVY` parameters. An entry is written as soon as it is measured; entries that the
-file has are kept unless they are named.
+those that are quantized or have more than `HEAVY` parameters. An entry is written as soon as it is
+measured; entries that the file has are kept unless they are named.
 """
 
 from __future__ import annotations
