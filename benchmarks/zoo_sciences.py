@@ -198,6 +198,7 @@ def _ode(method: str, **options: Any) -> Builder:
 HIDDEN: dict[str, Any] = {"hidden_features": (16,)}
 ONE, TWO = HIDDEN | {"transforms": 1}, HIDDEN | {"transforms": 2}
 
+
 def _quantized(make: Builder) -> Builder:
     """A model with the weights of its linear layers in int8."""
 
