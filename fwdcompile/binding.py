@@ -208,13 +208,19 @@ def _tangent(slot: Slot, directions: Sequence[Tangents]) -> Tensor:
     return getattr(dot, slot.factor) if slot.factor else dot  # type: ignore[return-value]
 
 
-def refuse_shared(slots: Iterable[Slot], changed: Collection[str], tensors: Iterable[Any]) -> None:
+def refuse_shared(
+    slots: Iterable[Slot],
+    changed: Collection[str],
+    tensors: Iterable[Any],
+    constants: Mapping[str, Tensor],
+) -> None:
     """Refuses a call in which what is written to is read by another name.
 
     Args:
         slots: the inputs of the program.
         changed: names of the buffers and inputs that the program gives new values.
         tensors: of the call, as by `arrange`.
+        constants: what the program closes over.
 
     Raises:
         TangentError: a tensor that is written to shares memory with another one.
@@ -222,6 +228,8 @@ def refuse_shared(slots: Iterable[Slot], changed: Collection[str], tensors: Iter
     if not changed:
         return
     memory: dict[int, list[tuple[str, Tensor]]] = {}
+    for name, x in constants.items():
+        memory.setdefault(x.untyped_storage()._cdata, []).append((f"constant {name}", x))
     given = [slot for slot in slots if slot.kind != "constant"]
     for slot, x in zip(given, tensors, strict=True):
         if slot.kind != "tangent":

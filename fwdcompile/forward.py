@@ -101,8 +101,7 @@ class Forward(Lowering):
             torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
         if self.compile and self.dynamic:
             mark_open(lowered.program, values, dots)
-        tensors = arrange(lowered.program.inputs, values, dots)
-        refuse_shared(lowered.program.inputs, lowered.program.changed, tensors)
+        tensors = self._tensors(lowered, values, dots)
         refuse_autograd(lowered.program, tensors)
         with without_casts():
             outs = lowered.function(*tensors)
@@ -116,11 +115,19 @@ class Forward(Lowering):
         if lowered.program.calls:
             raise refused(lowered.program.sealed)
         with torch.compiler.set_stance("force_eager"), without_casts():
-            tensors = arrange(lowered.program.inputs, values, dots)
-            refuse_shared(lowered.program.inputs, lowered.program.changed, tensors)
-            outs = lowered.function(*tensors)
+            outs = lowered.function(*self._tensors(lowered, values, dots))
         store(lowered.program.outputs, outs, values)
         return outs
+
+    @staticmethod
+    def _tensors(
+        lowered: Lowered, values: dict[str, Any], dots: Sequence[Tangents]
+    ) -> list[Tensor]:
+        """The arguments of a program; what it writes to has no other name."""
+        program = lowered.program
+        tensors = arrange(program.inputs, values, dots)
+        refuse_shared(program.inputs, program.changed, tensors, program.constants)
+        return tensors
 
     def lower(
         self,

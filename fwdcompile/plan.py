@@ -41,7 +41,8 @@ class Plan:
             else:
                 home, key = self.state[slot.name]
                 found.append(home[key])
-        refuse_shared(self.slots, self.lowered.program.changed, found)
+        program = self.lowered.program
+        refuse_shared(self.slots, program.changed, found, program.constants)
         return found
 
     def written(self, inputs: Sequence[Any]) -> tuple[list[Tensor], list[Tensor]]:

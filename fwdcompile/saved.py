@@ -83,7 +83,7 @@ class Saved:
         if wanted != given:
             raise TangentError(f"the program takes tangents {_told(wanted)}, not {_told(given)}")
         tensors = arrange(self._inputs, values, dots)
-        refuse_shared(self._inputs, self._changed, tensors)
+        refuse_shared(self._inputs, self._changed, tensors, {})
         with without_casts():
             outs = self._module.forward(*tensors)
         store(self._outputs, outs, values)

@@ -361,6 +361,17 @@ def test_a_write_to_what_another_input_shows_is_refused(other: Any) -> None:
     torch.testing.assert_close(y, 36 + X[1:].sum())
 
 
+def test_a_write_to_what_the_model_closes_over_as_well_is_refused() -> None:
+    x = X.clone()
+    first = x[:1]
+    fwd = fwdcompile.transform(lambda x: x.mul_(2) + first)
+    y, _ = fwd(X.clone(), tangents={"x": X})
+    torch.testing.assert_close(y, 2 * X + X[:1])
+    with pytest.raises(fwdcompile.TangentError, match="'x', which shares memory with 'constant"):
+        fwd(x, tangents={"x": X})
+    torch.testing.assert_close(x, X)
+
+
 def test_a_write_to_a_buffer_that_is_given_as_well_is_refused() -> None:
     model = Mean(assigned)
     x = torch.ones(1, 3)
