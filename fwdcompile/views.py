@@ -2,22 +2,19 @@
 
 From the model on, each thing is followed to those that its code can reach: the attributes that it
 loads, the globals and variables of its functions, modules within modules, hooks, items of lists.
-Of other objects than the model and modules the attributes count that code loads by name, and those
-that their own methods load which are called by name; not what these call in turn.
-Code of torch, numpy and Python's own library is taken to stay as it is.
+Of plain objects the attributes count that code loads by name, and those that their own methods load
+which are called by name; not what these call in turn. Code of torch, numpy and Python's own library
+is taken to stay as it is.
 """
 
 from __future__ import annotations
 
-import dis
 import functools
-import sys
-from collections import deque
-from collections.abc import Callable, Sequence, Set
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from types import (
     CellType,
-    CodeType,
     FunctionType,
     MemberDescriptorType,
     MethodType,
@@ -31,19 +28,12 @@ from torch.nn.modules import module as torch_module
 
 from .objective import Objective
 from .parts import Derived
+from .scope import CONTAINERS, Scope, is_code, is_library, loads
 from .scripts import Scripted
 
 LONGEST = 64  # items of a list or dict that is looked at
 FARTHEST = 4096  # things that are followed, the nearest first
-_CONTAINERS = (list, tuple, dict, set, frozenset, deque)
-_ENTRIES = frozenset({"forward", "training", "__call__", "__getattr__", "__getitem__"})
-_OPERATIONS = frozenset(
-    {"__len__", "__iter__", "__contains__", "__bool__", "__float__", "__int__"}
-    | {"__mul__", "__rmul__", "__add__", "__radd__", "__sub__", "__rsub__", "__truediv__"}
-)
-_CODE = (FunctionType, property, staticmethod, classmethod, functools.cached_property)
 _HOOKS = (torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks)
-_LIBRARIES = {*sys.stdlib_module_names, "torch", "numpy", "fwdcompile"} - {"types", "argparse"}
 _OF_ALL_MODULES = frozenset(vars(nn.Module())) - {"training"}
 
 
@@ -72,43 +62,9 @@ class View:
         return [*(f"{title}.{key}" for key in self.keys), *[f"what {title} consists of"] * more]
 
 
-@dataclass
-class Scope:
-    """What code is known to load, where, and the classes whose methods are run.
-
-    Attributes:
-        names: that any code loads.
-        run: classes whose methods are all taken to run.
-        at: for things by their id the names that are loaded by code which has them at hand.
-    """
-
-    names: set[str]
-    run: set[type]
-    at: dict[int, frozenset[str]] = field(default_factory=dict)
-
-    def size(self) -> int:
-        """Grows with what is known."""
-        return len(self.names) + sum(map(len, self.at.values()))
-
-    def within(self, thing: Any) -> Set[str]:
-        """The names that are loaded by code which has at hand what a thing holds."""
-        if isinstance(thing, FunctionType):
-            return _loads(thing.__code__)[0]
-        if isinstance(thing, nn.Module | type | ModuleType):
-            return self.names
-        if isinstance(thing, MethodType | functools.partial) or type(thing) in _CONTAINERS:
-            return self.at.get(id(thing), frozenset())
-        return self.loaded(thing)
-
-    def loaded(self, thing: Any) -> Set[str]:
-        """The names that are loaded by code which has a plain object at hand, its own included."""
-        called = self.at.get(id(thing), frozenset())
-        return called | _loads_of_methods(type(thing), called)
-
-
 def views_of(model: Any) -> list[View]:
     """The views of all that the code of a model can reach."""
-    scope = Scope(set(_ENTRIES), set(_classes_of(model)))
+    scope = Scope(model)
     reached = {id(thing): thing for thing in (model, *_HOOKS)}
     known = 0
     views: list[View] = []
@@ -118,32 +74,18 @@ def views_of(model: Any) -> list[View]:
             if (view := _view(thing, scope)) is None:
                 continue
             views.append(view)
-            if isinstance(thing, FunctionType):
-                scope.names |= _loads(thing.__code__)[0]
-            within = scope.within(thing)
-            new = {}
-            for x in view.look():
-                scope.at[id(x)] = scope.at.get(id(x), frozenset()) | within
-                if id(x) not in reached:
-                    new[id(x)] = x
+            seen = view.look()
+            scope.hand(seen, thing)
+            new = {id(x): x for x in seen if id(x) not in reached}
             if len(reached) < FARTHEST:
                 reached |= new
                 things += new.values()
     return views
 
 
-def _classes_of(model: Any) -> Sequence[type]:
-    """The classes of the objects that a model is made of, and their bases."""
-    if isinstance(model, Objective):
-        return [*_classes_of(model.model), *_classes_of(model.loss_fn)]
-    if isinstance(model, functools.partial):
-        return _classes_of(model.func)
-    return type(getattr(model, "__self__", model)).__mro__
-
-
 def is_viewed_as_items(thing: Any) -> bool:
     """Whether a thing is no more than what it holds."""
-    return type(thing) in _CONTAINERS and len(thing) <= LONGEST
+    return type(thing) in CONTAINERS and len(thing) <= LONGEST
 
 
 def _view(thing: Any, scope: Scope) -> View | None:
@@ -167,10 +109,10 @@ def _of_module(module: nn.Module, scope: Scope) -> View:
 
 
 def _of_function(function: FunctionType, scope: Scope) -> View:
-    if _is_library(function.__module__):
+    if is_library(function.__module__):
         return View(function, (), tuple, still=True)
     space, cells = function.__globals__, function.__closure__ or ()
-    keys = [key for key in _loads(function.__code__)[1] if key in space]
+    keys = [key for key in loads(function.__code__)[1] if key in space]
 
     def look() -> list[Any]:
         seen = [*(space[key] for key in keys), *map(_content, cells)]
@@ -181,23 +123,26 @@ def _of_function(function: FunctionType, scope: Scope) -> View:
 
 def _of_class(kind: type, scope: Scope) -> View | None:
     is_module = issubclass(kind, nn.Module) and kind is not nn.Module
-    if kind is object or (_is_library(kind.__module__) and not is_module):
+    if kind is object or (is_library(kind.__module__) and not is_module):
         return None
     space, runs = vars(kind), is_module or kind in scope.run
-    keys = [key for key in space if key in scope.names and (runs or not _is_code(space[key]))]
+    keys = [key for key in space if key in scope.names and (runs or not is_code(space[key]))]
     return View(kind, keys, lambda: [*(space[key] for key in keys), *kind.__bases__], space)
 
 
 def _of_object(thing: Any, scope: Scope) -> View | None:
     """Of a Python module, or an object with attributes of its own."""
     kind = type(thing)
-    space = getattr(thing, "__dict__", {})
-    if _is_library(thing.__name__ if kind is ModuleType else kind.__module__):
+    space: dict[str, Any] = {}
+    with suppress(AttributeError):
+        space = object.__getattribute__(thing, "__dict__")
+    if is_library(thing.__name__ if kind is ModuleType else kind.__module__):
         return None
-    slots = {key: x for base in kind.__mro__ for key, x in vars(base).items() if _is_slot(x)}
+    spaces = [vars(base) for base in kind.__mro__ if "__slots__" in vars(base)]  # no C type has it
+    slots = {key: x for space in spaces for key, x in space.items() if _is_slot(x)}
     names = scope.names if kind is ModuleType else scope.names | scope.loaded(thing)
     keys = [key for key in space if key in names]
-    kept = [x for key, x in slots.items() if key in names and hasattr(thing, key)]
+    kept = [x for key, x in slots.items() if key in names and _is_filled(x, thing)]
 
     def look() -> list[Any]:
         return [*(space[key] for key in keys), *(slot.__get__(thing) for slot in kept), kind]
@@ -239,39 +184,21 @@ _VIEWS: dict[type, Callable[[Any, Scope], View | None]] = {
     property: _by("fget"),
     staticmethod: _by("__func__"),
     classmethod: _by("__func__"),
-    **dict.fromkeys(_CONTAINERS, _of_items),
+    **dict.fromkeys(CONTAINERS, _of_items),
     type: _of_class,
     object: _of_object,
 }
-
-
-def _loads_of_methods(kind: type, names: Set[str]) -> set[str]:
-    """What the methods of a class load that have one of these names, or that such a one loads."""
-    own = {key: x for base in kind.__mro__ if not _is_library(base.__module__)
-           for key, x in vars(base).items() if _is_code(x)}  # fmt: skip
-    loaded, waiting = set[str](), own.keys() & (names | _OPERATIONS)
-    while waiting:
-        found = set().union(*(_loads(code)[0] for key in waiting for code in _codes(own.pop(key))))
-        loaded |= found
-        waiting = own.keys() & found
-    return loaded
-
-
-def _codes(method: Any) -> list[CodeType]:
-    parts = [getattr(method, part, None) for part in ("fget", "__func__", "func")]
-    return [f.__code__ for f in (method, *parts) if isinstance(f, FunctionType)]
 
 
 def _is_slot(thing: Any) -> bool:
     return isinstance(thing, MemberDescriptorType)
 
 
-def _is_code(thing: Any) -> bool:
-    return isinstance(thing, _CODE)
-
-
-def _is_library(module: str | None) -> bool:
-    return (module or "").partition(".")[0] in _LIBRARIES
+def _is_filled(slot: MemberDescriptorType, thing: Any) -> bool:
+    with suppress(AttributeError):
+        slot.__get__(thing)
+        return True
+    return False
 
 
 def _content(cell: CellType) -> Any:
@@ -279,21 +206,3 @@ def _content(cell: CellType) -> Any:
         return cell.cell_contents
     except ValueError:  # not filled yet
         return None
-
-
-@functools.cache
-def _loads(code: CodeType) -> tuple[frozenset[str], frozenset[str]]:
-    """The attributes and the globals that code can load by name."""
-    attributes, spaces = set[str](), set[str]()
-    for step in dis.get_instructions(code):
-        if step.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
-            spaces.add(step.argval)
-        elif step.opname.startswith(("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER")):
-            attributes.add(step.argval)
-    attributes |= {text for text in code.co_consts if isinstance(text, str)}
-    for part in code.co_consts:
-        if isinstance(part, CodeType):
-            inner = _loads(part)
-            attributes |= inner[0]
-            spaces |= inner[1]
-    return frozenset(attributes), frozenset(spaces)

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import regex
 import torch
 from oracle import REVIEWED
 from torch import Tensor, nn
@@ -242,46 +243,33 @@ def test_objects_that_a_loss_holds_are_followed_by_attributes_and_not_without_en
 
 
 class Schedule:
-    """Has its number behind a method, a property, an item, a call and an operation."""
+    """Has its number behind one of `WAYS`."""
 
-    def __init__(self) -> None:
-        self._now, self.calls = 1.0, 0
-
-    def value(self) -> float:
-        return self._inner()
+    _now, calls = 1.0, 0
 
     def _inner(self) -> float:
         return self._now
 
-    @property
-    def scale(self) -> float:
-        return self._now
 
-    def __getitem__(self, key: str) -> float:
-        return self._now
-
-    def __call__(self) -> float:
-        return self._now
-
-    def __rmul__(self, x: Tensor) -> Tensor:
-        return x * self._now
-
-
-READINGS: dict[str, Callable[[Any], Any]] = {
-    "method": lambda s: s.value(),
-    "property": lambda s: s.scale,
-    "item": lambda s: s["now"],
-    "call": lambda s: s(),
-    "operation": lambda s: s,
+WAYS: dict[str, tuple[Any, Callable[[Any], Any]]] = {
+    "value": (lambda self: self._inner(), lambda s: s.value()),
+    "scale": (property(lambda self: self._now), lambda s: s.scale),
+    "cached": (staticmethod(lambda: SCHEDULE._now), lambda s: SCHEDULE._now),
+    "__getitem__": (lambda self, _: self._now, lambda s: s["now"]),
+    "__call__": (lambda self: self._now, lambda s: s()),
+    "__getattr__": (lambda self, _: self._now, lambda s: s.anything),
+    "__rmul__": (lambda self, x: x * self._now, lambda s: s),
+    "__iter__": (lambda self: iter([self._now]), lambda s: next(iter(s))),
 }
-SCHEDULE = Schedule()
+SCHEDULE: Any = None
 
 
-@pytest.mark.parametrize("reading", READINGS.values(), ids=READINGS)
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("is_global", [True, False])
-def test_numbers_behind_an_objects_code_are_followed(reading: Any, is_global: bool) -> None:
-    schedule = SCHEDULE if is_global else Schedule()
-    schedule._now = 1.0
+def test_numbers_behind_an_objects_code_are_followed(way: str, is_global: bool) -> None:
+    global SCHEDULE
+    method, reading = WAYS[way]
+    schedule = SCHEDULE = type("Schedule", (Schedule,), {way: method})()
 
     def function(x: Tensor) -> Tensor:
         return x.sin() * reading(SCHEDULE if is_global else schedule)
@@ -313,12 +301,40 @@ def test_methods_count_for_objects_of_which_they_are_called() -> None:
 
     def function(x: Tensor) -> Tensor:
         logged()
-        return x * schedule.value()
+        return x * schedule._inner()
 
     fwd = fwdcompile.transform(function)
     for logger.count in range(3):
         fwd(X, tangents={"x": X})
     assert len(fwd._cache) == 1
+
+
+class Slotted:
+    """Has a slot that is empty, and is read otherwise then."""
+
+    __slots__ = ("full", "scale")
+
+    def __init__(self) -> None:
+        self.full = 2.0
+
+    def __getattr__(self, name: str) -> float:
+        return 3.0
+
+
+def test_slots_are_followed_once_they_are_filled() -> None:
+    slotted = Slotted()
+    fwd = fwdcompile.transform(lambda x: x * slotted.full * slotted.scale)
+    for _ in range(2):
+        close(fwd(X, tangents={"x": X})[0], X * slotted.full * slotted.scale)
+        slotted.full, slotted.scale = 5.0, 7.0
+
+
+def test_numbers_that_a_type_of_c_makes_anew_are_no_change() -> None:
+    pattern = regex.compile("[ab]", regex.V0)
+    watch = Watch(lambda x: x * pattern.flags)
+    assert pattern.flags is not pattern.flags
+    watch.version()
+    assert not watch._is_another()
 
 
 @pytest.mark.parametrize("kind", [set, collections.deque, collections.OrderedDict, list])
