@@ -24,7 +24,7 @@ from fwdcompile.config import Config
 from fwdcompile.data import Dataset, load
 from fwdcompile.log import read
 from fwdcompile.report import BASES, Report
-from fwdcompile.runner import Runner
+from fwdcompile.runner import Runner, environment
 
 NORMAL, SIGNS = "fgd", "fgd:directions=rademacher"
 RANK_ONE = f"{SIGNS}:rank_one=true"
@@ -101,13 +101,16 @@ def run(experiment: Experiment, data_root: Path, data: str, work: Path, out: Pat
 
 
 def time_again(path: Path, build: Build, data: Dataset) -> None:
-    """Measures the times of a comparison anew, on a quiet machine, and replaces their lines."""
+    """Measures the times of a comparison anew, on a quiet machine, and replaces their lines.
+
+    The header then has this machine and these versions: those of the times.
+    """
     config = Report.read(path).config
     turns = Runner(lambda: build(data.shape, data.classes), data, config).times()
     times = [{"kind": "time", "method": name, "seconds": s} for name, s in turns.items()]
     # results follow from the other lines, and hold the old times
     header, *rest = (line for line in read(path) if line["kind"] not in ("time", "result"))
-    write(path, [header, *times, *rest])
+    write(path, [header | environment(data.train[0].device), *times, *rest])
 
 
 def finished(path: Path) -> Report:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from fwdcompile.data import Dataset, load
+from fwdcompile.log import read
 from fwdcompile.report import Report
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
@@ -102,7 +103,10 @@ def test_runs_that_were_not_finite_are_counted(tmp_path: Path) -> None:
 def test_times_are_measured_again_and_nothing_else(tmp_path: Path) -> None:
     before = run_small(tmp_path)
     path = tmp_path / "out" / "logistic-regression.jsonl"
+    header, *rest = read(path)
+    mnist.write(path, [header | {"device": "another"}, *rest])
     mnist.time_again(path, SMALL.build, load("digits"))
+    assert read(path)[0] == header
     after = Report.read(path)
     assert after.traces == before.traces and after.config == before.config
     assert after.turns.keys() == before.turns.keys() and after.turns != before.turns
