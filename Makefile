@@ -11,7 +11,7 @@ WORKERS ?= 2
 BENCH_ARGS ?=
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-all test-oldest lint types golden bench bench-gpu bench-memory bench-attention bench-laplacian bench-jacobians bench-capture bench-without-torch clean coverage zoo beyond-torch
+.PHONY: demo test test-all test-oldest lint types golden bench bench-gpu bench-memory bench-attention bench-laplacian bench-jacobians bench-capture bench-without-torch clean coverage reference zoo beyond-torch
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -52,6 +52,9 @@ golden: .venv/installed
 
 coverage: .venv/installed
 	$(BIN)/python benchmarks/coverage_page.py
+
+reference: .venv/installed
+	$(BIN)/python benchmarks/reference_page.py
 
 zoo: .venv/installed
 	$(BIN)/python benchmarks/zoo.py

@@ -17,6 +17,7 @@ import distributed
 import jacobians
 import laplacian
 import pytest
+import reference_page
 import scaling
 import torch
 import without_torch
@@ -204,6 +205,10 @@ def test_coverage_page_has_the_rows_of_the_table() -> None:
         return [" ".join((row[0], row[1], row[-2].split(":")[0])) for row in rows]
 
     assert ends((ROOT / "docs/coverage.md").read_text()) == ends(page()), "run `make coverage`"
+
+
+def test_the_reference_has_what_users_call() -> None:
+    assert (ROOT / "docs/reference.md").read_text() == reference_page.page(), "run `make reference`"
 
 
 @pytest.mark.parametrize(
