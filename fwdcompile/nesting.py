@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from torch.utils import _pytree as pytree
 
+from .errors import TangentError
 from .program import Kind, OutSpec, Program, Slot
 
 
@@ -15,13 +16,23 @@ def as_primal(program: Program, suffix: str = "_dot") -> Program:
     Args:
         program: a result of `transform` with one direction.
         suffix: what the names of tangents get behind their primal's name, as inputs and outputs.
+
+    Raises:
+        TangentError: an input or output of the model has such a name itself.
     """
 
-    def plain(slot: Slot, kind: Kind) -> Slot:
-        return Slot(kind, slot.name + suffix) if slot.kind == "tangent" else slot
+    def plain(slots: tuple[Slot, ...], kind: Kind) -> tuple[Slot, ...]:
+        writes = ("buffer", "input") if kind == "output" else ()
+        taken = {slot.name for slot in slots if slot.kind not in ("tangent", *writes)}
+        for slot in slots:
+            if slot.kind == "tangent" and slot.name + suffix in taken:
+                raise TangentError(
+                    f"{kind} {slot.name + suffix!r} of {program.title} has the name of the tangent "
+                    f"of {slot.name!r} in a transform of a transform: rename it"
+                )
+        return tuple(Slot(kind, s.name + suffix) if s.kind == "tangent" else s for s in slots)
 
-    inputs = tuple(plain(slot, "input") for slot in program.inputs)
-    outputs = tuple(plain(slot, "output") for slot in program.outputs)
+    inputs, outputs = plain(program.inputs, "input"), plain(program.outputs, "output")
     tree, leaves = program.out_spec.tree, program.out_spec.leaves
     tangents = {slot.name for slot in program.outputs if slot.kind == "tangent"}
     dots = tuple(

@@ -348,6 +348,16 @@ def test_integer_arguments_have_no_tangent() -> None:
         fwdcompile.transform(Tied())(tokens, tangents={"tokens": tokens})
 
 
+def test_names_of_inner_tangents_are_no_names_of_the_model() -> None:
+    x = torch.ones(2)
+    fwd = fwdcompile.transform(fwdcompile.transform(lambda x, x_dot: x * x_dot))
+    with pytest.raises(fwdcompile.TangentError, match=r"input 'x_dot' .* the tangent of 'x'"):
+        fwd(x, x, tangents={"x": x})
+    fwd = fwdcompile.transform(fwdcompile.transform(lambda x: {"u": x.sin(), "u_dot": x.exp()}))
+    with pytest.raises(fwdcompile.TangentError, match=r"output 'out.u_dot' .* tangent of 'out.u'"):
+        fwd(x, tangents={"x": x})
+
+
 def test_a_mode_that_torch_compile_does_not_have_is_refused() -> None:
     with pytest.raises(ValueError, match="torch.compile must know the mode, and has none called"):
         fwdcompile.transform(Mlp(), mode="fast")
