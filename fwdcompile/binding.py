@@ -1,4 +1,4 @@
-"""Binding: the tensors of a call put in the places of a program, and its results taken out."""
+"""Binding: the tensors of a call by name, checked, and put in the places of a program."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from .directions import RankOne, dense_tensor
 from .errors import TangentError
 from .parts import Model, inner_tensors, input_leaves, modules_of, named_state, tied_names
-from .program import OutSpec, Program, Slot, is_differentiable
+from .program import Slot, is_differentiable
 from .sizes import wider
 
 Tangents = Mapping[str, Tensor | RankOne]
@@ -104,29 +104,6 @@ def check_tangents(
 def dense(tangents: Tangents) -> dict[str, Tensor | RankOne]:
     """The same tangents with outer products made."""
     return {name: dense_tensor(dot) for name, dot in tangents.items()}
-
-
-def results(program: Program, outs: Sequence[Any], directions: int | None) -> tuple[Any, Any, Any]:
-    """Primal and tangent outputs, and sums of second derivatives, in the model's structure.
-
-    None directions mean one, whose tangent is bare; of several there is a tuple.
-    """
-    outputs: dict[str, Any] = {}
-    dots: list[dict[str, Any]] = [{} for _ in range(directions or 1)]
-    ddots: dict[str, Any] = {}
-    for slot, out in zip(program.outputs, outs, strict=True):
-        if slot.kind == "output":
-            outputs[slot.name] = out
-        elif slot.kind == "tangent":
-            dots[slot.direction][slot.name] = out
-        elif slot.kind == "second":
-            ddots[slot.name] = out
-    leaves = tuple((named, name if named else None) for named, name in program.out_spec.leaves)
-    tangent_spec = OutSpec(program.out_spec.tree, leaves)
-    nothing = dict.fromkeys(outputs)
-    built = tuple(tangent_spec.build(nothing | dot) for dot in dots)
-    y_ddot = tangent_spec.build(nothing | ddots)
-    return program.out_spec.build(outputs), built[0] if directions is None else built, y_ddot
 
 
 def batch_size(tangents: Tangents) -> int:

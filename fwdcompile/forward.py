@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,16 +12,13 @@ from torch import Tensor
 from .autocast import without_casts
 from .binding import (
     Tangents,
-    arrange,
     batch_size,
     by_direction,
     call_values,
     check_name,
     check_tangents,
     dense,
-    refuse_shared,
-    results,
-    store,
+    state_homes,
 )
 from .compiling import replays
 from .costs import Product, calibrate
@@ -30,11 +27,11 @@ from .errors import TangentError
 from .inside import is_capturing, refused
 from .lowered import Lowered
 from .lowering import Lowering
-from .parts import named_state
+from .parts import input_leaves, named_state
 from .program import graphs, is_differentiable
 from .remake import refuse_autograd
-from .request import Request, factored, suffix
-from .sizes import mark_open
+from .request import Request, factored
+from .route import Given, Route, tensors_of
 from .stack import forms, groups
 
 
@@ -76,6 +73,28 @@ class Forward(Lowering):
             >>> fwd = fwdcompile.transform(torch.nn.Linear(3, 2))
             >>> y, y_dot = fwd(torch.ones(3), tangents={"input": torch.ones(3)})
         """
+        call = Given.of(args, kwargs, tangents, inner)
+        return self._run(call, lambda: self._find(call, args, kwargs, tangents, inner))[:2]
+
+    def _along(self, primals: Sequence[Any], call: Given) -> tuple[Any, Any]:
+        """The same for positional arguments, and a tangent for each of their leaves in order."""
+
+        def find() -> tuple[Route, Sequence[Any]]:
+            names = (name for name, _ in input_leaves(self.base, primals, {}))
+            tangents = dict(zip(names, call.dots, strict=True))
+            return self._find(call, primals, {}, tangents, None)
+
+        return self._run(call, find)[:2]
+
+    def _find(
+        self,
+        call: Given,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        tangents: Tangents | Sequence[Tangents],
+        inner: Tangents | Sequence[Tangents] | None,
+    ) -> tuple[Route, Sequence[Any]]:
+        """The route of a call that is checked first, and its tangents as the program takes them."""
         values, tied = call_values(self.base, args, kwargs)
         each, several = by_direction(tangents)
         if not each:
@@ -86,48 +105,53 @@ class Forward(Lowering):
         levels = self._inner_levels(inner, dots, values, tied)
         same = inner is None and bool(levels) and len(dots) == 1
         lowered = self._lowered(args, kwargs, self._request(dots, levels, same))
-        for level, inner_dots in enumerate(levels, 1):
-            values |= {f"{name}{suffix(level)}": dot for name, dot in inner_dots.items()}
-        outs = self._run(lowered, values, dots)
-        return results(lowered.program, outs, len(dots) if several else None)[:2]
+        return self._route(lowered, call, values, dots, levels if inner else (), several)
+
+    def _route(
+        self,
+        lowered: Lowered,
+        call: Given,
+        values: Mapping[str, Any],
+        dots: Sequence[Tangents],
+        levels: Sequence[Tangents],
+        several: bool,
+    ) -> tuple[Route, Sequence[Any]]:
+        leaves = [*values][len(values) - len(call.leaves) :]
+        homes, every = state_homes(self.base), [*dots, *levels]
+        route = Route(lowered, homes, leaves, every, len(dots), self.depth, several)
+        return route, [x for one in every for x in tensors_of(one)]
 
     def _run(
-        self, lowered: Lowered, values: dict[str, Any], dots: Sequence[Tangents]
-    ) -> tuple[Any, ...]:
-        """Runs a program on named values, and writes those that the model changes in place."""
+        self, call: Given, find: Callable[[], tuple[Route, Sequence[Any]]]
+    ) -> tuple[Any, Any, Any]:
+        """Runs the program of a call, by a route that is found once for calls of a kind."""
+        lasts = not (is_capturing() or torch.compiler.is_compiling())
+        key = (*self.state_key(), call.kind) if lasts else ()
+        route, dots = self._routes.find(key), call.dots
+        if route is None:
+            route, dots = find()
+            if lasts and call.has(dots):
+                self._routes.keep(key, route)
+        self._last = route.lowered
+        pool = route.pool(call.leaves, dots)
+        tensors = route.tensors(pool)
+        return route.results(self._outputs(route, tensors), pool)
+
+    def _outputs(self, route: Route, tensors: list[Tensor]) -> tuple[Any, ...]:
+        """Runs a program, as a part of the one that is being captured if there is one."""
+        lowered = route.lowered
         if is_capturing():
-            return self._run_inside(lowered, values, dots)
+            if lowered.program.calls:
+                raise refused(lowered.program.sealed)
+            with torch.compiler.set_stance("force_eager"), without_casts():
+                return lowered.function(*tensors)
         if self.compile and replays(self.mode):
             torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
         if self.compile and self.dynamic:
-            mark_open(lowered.program, values, dots)
-        tensors = self._tensors(lowered, values, dots)
+            route.opened(tensors)
         refuse_autograd(lowered.program, tensors)
         with without_casts():
-            outs = lowered.function(*tensors)
-        store(lowered.program.outputs, outs, values)
-        return outs
-
-    def _run_inside(
-        self, lowered: Lowered, values: dict[str, Any], dots: Sequence[Tangents]
-    ) -> tuple[Any, ...]:
-        """Makes a program a part of the one that is being captured."""
-        if lowered.program.calls:
-            raise refused(lowered.program.sealed)
-        with torch.compiler.set_stance("force_eager"), without_casts():
-            outs = lowered.function(*self._tensors(lowered, values, dots))
-        store(lowered.program.outputs, outs, values)
-        return outs
-
-    @staticmethod
-    def _tensors(
-        lowered: Lowered, values: dict[str, Any], dots: Sequence[Tangents]
-    ) -> list[Tensor]:
-        """The arguments of a program; what it writes to has no other name."""
-        program = lowered.program
-        tensors = arrange(program.inputs, values, dots)
-        refuse_shared(program.inputs, program.changed, tensors, program.constants)
-        return tensors
+            return lowered.function(*tensors)
 
     def lower(
         self,
@@ -183,6 +207,7 @@ class Forward(Lowering):
         lowered = self._plain(passes).lower(*args, **kwargs)
         products = [g.product for graph in graphs(lowered.program.graph) for g in groups(graph)]
         calibrate(products, forms)
+        self._routes.clear()
         self._cache.clear()
         self._asked.clear()
         return products

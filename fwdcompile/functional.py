@@ -10,7 +10,8 @@ from torch.utils import _pytree as pytree
 from .errors import TangentError
 from .forward import Forward
 from .kept import check_aux, forward_of
-from .parts import Model, input_leaves
+from .parts import Model
+from .route import Given, flatten
 from .simplify import PASSES
 
 
@@ -102,14 +103,12 @@ def jvp(
     for name, given in (("primals", primals), ("tangents", tangents)):
         if not isinstance(given, tuple | list):
             raise TangentError(f"{name} must be a tuple, not {type(given).__name__}: write (x,)")
-    primals, tangents = tuple(primals), tuple(tangents)
-    leaves, spec = pytree.tree_flatten(primals)
-    dots, dot_spec = pytree.tree_flatten(tangents)
+    (leaves, spec), (dots, dot_spec) = flatten(primals, {}), flatten(tangents, {})
     if spec != dot_spec or not leaves:
-        raise TangentError(f"primals and tangents differ in structure: {spec} and {dot_spec}")
-    names = [name for name, _ in input_leaves(func, primals, {})]
+        specs = (str(pytree.tree_structure(tuple(each))) for each in (primals, tangents))
+        raise TangentError(f"primals and tangents differ in structure: {' and '.join(specs)}")
     forward = forward_of(func)
-    y, y_dot = forward(*primals, tangents=dict(zip(names, dots, strict=True)))
+    y, y_dot = forward._along(primals, Given(leaves, spec, dots))
     if has_aux:
         check_aux(y)
     if strict:

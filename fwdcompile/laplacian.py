@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from .binding import Tangents, call_values, check_name, check_tangents, dense, results
+from .binding import Tangents, call_values, check_name, check_tangents, dense
 from .errors import TangentError
 from .forward import Forward
 from .lowered import Lowered
 from .parts import Model
 from .program import Program
 from .request import Request
+from .route import Given, Route
 from .second import second_order
 from .simplify import PASSES
 
@@ -55,12 +56,17 @@ class Laplacian(Forward):
             raise TangentError(
                 "tangents is a sequence with a mapping for each direction, or batch of them"
             )
-        values, tied = call_values(self.base, args, kwargs)
-        every = (*tangents, *first)
-        dots = [dense(check_tangents(one, values, tied, self.batched)) for one in every]
-        request = replace(self._request(dots), curved=len(tangents))
-        lowered = self._lowered(args, kwargs, request)
-        return results(lowered.program, self._run(lowered, values, dots), len(dots))
+        call = Given.of(args, kwargs, tangents, first)
+
+        def find() -> tuple[Route, Sequence[Any]]:
+            values, tied = call_values(self.base, args, kwargs)
+            every = (*tangents, *first)
+            dots = [dense(check_tangents(one, values, tied, self.batched)) for one in every]
+            request = replace(self._request(dots), curved=len(tangents))
+            lowered = self._lowered(args, kwargs, request)
+            return self._route(lowered, call, values, dots, (), several=True)
+
+        return self._run(call, find)
 
     def lower(  # type: ignore[override]
         self,

@@ -30,6 +30,7 @@ from .program import Program
 from .pushforward import derive
 from .remake import remake
 from .request import Request, fixed, inputs_key, suffix
+from .route import Routes
 from .simplify import PASSES, check_passes, detach_tangents, simplify
 from .sizes import serves
 from .transform import transform
@@ -89,6 +90,7 @@ class Lowering(Derived, Shown):
         self.watch = Watch(self.base)
         self._cache: dict[Any, Lowered] = {}
         self._asked: set[Any] = set()
+        self._routes = Routes()
         self._last = None
 
     def _lowered(self, args: Sequence[Any], kwargs: Mapping[str, Any], request: Request) -> Lowered:

@@ -8,7 +8,7 @@ and a call is served only where all guards hold.
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -26,7 +26,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 
-from .program import Program, value
+from .program import Program, Slot, value
 
 Sym = SymInt | SymFloat
 aten = torch.ops.aten
@@ -95,20 +95,17 @@ def _bound(fake: Sequence[Any], given: Sequence[int], sizes: dict[sympy.Symbol, 
     return True
 
 
-def mark_open(
-    program: Program, values: Mapping[str, Any], directions: Sequence[Mapping[str, Any]] = ()
-) -> None:
-    """Tells torch.compile which dimensions of these tensors the program leaves open.
+def mark_open(program: Program, given: Iterable[tuple[Slot, Any]]) -> None:
+    """Tells torch.compile which dimensions of tensors the program leaves open.
 
     Args:
         program: with open sizes.
-        values: its inputs by name.
-        directions: their tangents, where those are given as well.
+        given: its slots, those of inputs and tangents among them, with their tensors.
     """
-    for node, slot in program.placeholders():
-        given = directions[slot.direction] if slot.kind == "tangent" and directions else {}
-        x = values.get(slot.name) if slot.kind == "input" else given.get(slot.name)
-        for dim, size in enumerate(value(node).shape if isinstance(x, Tensor) else ()):
+    nodes = {slot: node for node, slot in program.placeholders()}
+    for slot, x in given:
+        shape = value(nodes[slot]).shape if slot.kind in ("input", "tangent") else ()
+        for dim, size in enumerate(shape):
             if isinstance(size, SymInt):
                 torch._dynamo.mark_dynamic(x, dim)
 

@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from .autocast import without_casts
 from .binding import arrange, signature_of, state_homes
@@ -23,6 +22,7 @@ from .parts import Model, input_leaves, modules_of
 from .plan import Plan, moving, plain_slots
 from .program import Reached, value
 from .redraw import Redraw
+from .route import flatten
 from .sizes import mark_open
 
 NonFinite = Literal["raise", "skip"]
@@ -123,7 +123,7 @@ class Stepper:
         return list(found.values())
 
     def _plan(self, inputs: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Plan, list[Any]]:
-        leaves, spec = _flatten(inputs, kwargs)
+        leaves, spec = flatten(inputs, kwargs)
         state = self._forward.state_key(), self._forward.watch.trained()
         key = (tuple(map(signature_of, leaves)), spec, state)
         if key not in self._plans or self._plans[key].lowered.program.is_stale:
@@ -142,7 +142,8 @@ class Stepper:
     def _planned(self, lowered: Lowered, inputs: Sequence[Any], kwargs: dict[str, Any]) -> Plan:
         run = self._launched(lowered)
         named = dict(input_leaves(self.objective, inputs, kwargs))
-        mark_open(lowered.program, named)
+        slots = (slot for slot in plain_slots(lowered) if slot.kind == "input")
+        mark_open(lowered.program, ((slot, named[slot.name]) for slot in slots))
         places = {name: i for i, name in enumerate(named)}
         if self._as_graph():
             run = Replayed(run, *moving(lowered))
@@ -251,13 +252,6 @@ def sum_of(terms: Iterable[Tensor]) -> Tensor:
 
 def _mean(x: Tensor) -> Tensor:
     return x.mean() if x.ndim else x
-
-
-def _flatten(inputs: Sequence[Any], kwargs: dict[str, Any]) -> tuple[list[Any], Any]:
-    """Leaves and structure; plain tensors spare a small model a tenth of its step."""
-    if not kwargs and all(isinstance(x, Tensor) for x in inputs):
-        return list(inputs), len(inputs)
-    return pytree.tree_flatten((inputs, kwargs))
 
 
 def counted(name: str, number: Any, several: bool = False) -> tuple[int, ...]:
