@@ -11,7 +11,7 @@ WORKERS ?= 2
 BENCH_ARGS ?=
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-all test-oldest lint types golden bench bench-gpu bench-memory bench-attention bench-laplacian bench-jacobians bench-capture bench-without-torch clean coverage reference zoo beyond-torch
+.PHONY: demo test test-all test-oldest lint types golden bench bench-gpu bench-memory bench-attention bench-laplacian bench-jacobians bench-jvps bench-capture bench-without-torch clean coverage reference zoo beyond-torch
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -86,14 +86,17 @@ bench-attention: .venv/installed
 	$(BIN)/python benchmarks/attention.py
 
 # another peer, on Python 3.12: .venv/bin/pip install -c constraints.txt -e '.[taylor]'
-bench-laplacian bench-jacobians: export OMP_NUM_THREADS = 2
-bench-laplacian bench-jacobians: export MALLOC_TRIM_THRESHOLD_ = 4000000000
-bench-laplacian bench-jacobians: export MALLOC_MMAP_THRESHOLD_ = 33554432
+bench-laplacian bench-jacobians bench-jvps: export OMP_NUM_THREADS = 2
+bench-laplacian bench-jacobians bench-jvps: export MALLOC_TRIM_THRESHOLD_ = 4000000000
+bench-laplacian bench-jacobians bench-jvps: export MALLOC_MMAP_THRESHOLD_ = 33554432
 bench-laplacian: .venv/installed
 	$(BIN)/python benchmarks/laplacian.py
 
 bench-jacobians: .venv/installed
 	$(BIN)/python benchmarks/jacobians.py
+
+bench-jvps: .venv/installed
+	$(BIN)/python benchmarks/jvps.py
 
 bench-capture: .venv/installed
 	$(BIN)/python benchmarks/capture.py

@@ -6,6 +6,7 @@ from typing import Any
 
 import contest
 import jacobians
+import jvps
 import pytest
 import torch
 from forces import Forces
@@ -13,6 +14,8 @@ from jacobians import CASES, JAX, OURS, WAYS
 from results import table
 from torch import nn
 from works import WIDTH, Attention
+
+import fwdcompile
 
 
 @pytest.fixture(autouse=True)
@@ -56,6 +59,39 @@ def test_jax_agrees(name: str) -> None:
     if name == "convolutions":  # JAX has channels last
         found = found.permute(0, 3, 1, 2, 4, 7, 5, 6)
     torch.testing.assert_close(found, WAYS[OURS](model)(x).detach(), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("way", jvps.WAYS)
+@pytest.mark.parametrize("name", [name for name in SMALL if name != "forces"])
+def test_ways_to_a_jvp_agree(name: str, way: str) -> None:
+    model, shape = SMALL[name]
+    x, v = torch.randn(2, *shape)
+    model.requires_grad_(False)
+    if name == "transformer" and way.startswith("torch."):
+        with pytest.raises(NotImplementedError, match="forward AD with _scaled_dot_product"):
+            jvps.start(way, model, x, v)
+        return
+    run, _ = jvps.start(way, model, x, v)
+    y, _ = run()
+    torch.testing.assert_close(y, model(x))
+
+
+def test_the_jvp_of_jax_agrees() -> None:
+    pytest.importorskip("jax")
+    model, shape = SMALL["perceptron"]
+    x, v = torch.randn(2, *shape)
+    run, _ = jvps.start(jvps.JAX, model, x, v)
+    found = tuple(torch.tensor(each.tolist()) for each in run())
+    expected = fwdcompile.jvp(model, (x,), (v,))
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
+
+
+def test_a_wrong_jvp_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(jvps.WAYS, "wrong", lambda m: lambda x, v: (m(x), m(v)))
+    model, shape = SMALL["perceptron"]
+    with pytest.raises(ArithmeticError, match="the tangent is wrong by"):
+        jvps.start("wrong", model.requires_grad_(False), *torch.randn(2, *shape))
 
 
 def test_a_wrong_jacobian_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
