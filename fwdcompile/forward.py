@@ -76,13 +76,15 @@ class Forward(Lowering):
         call = Given.of(args, kwargs, tangents, inner)
         return self._run(call, lambda: self._find(call, args, kwargs, tangents, inner))[:2]
 
-    def _along(self, primals: Sequence[Any], call: Given) -> tuple[Any, Any]:
-        """The same for positional arguments, and a tangent for each of their leaves in order."""
+    def _along(
+        self, primals: Sequence[Any], kwargs: Mapping[str, Any], call: Given
+    ) -> tuple[Any, Any]:
+        """The same with a tangent for each leaf of the positional arguments, in order."""
 
         def find() -> tuple[Route, Sequence[Any]]:
-            names = (name for name, _ in input_leaves(self.base, primals, {}))
-            tangents = dict(zip(names, call.dots, strict=True))
-            return self._find(call, primals, {}, tangents, None)
+            names = (name for name, _ in input_leaves(self.base, primals, kwargs))
+            tangents = dict(zip(names, call.dots, strict=False))
+            return self._find(call, primals, kwargs, tangents, None)
 
         return self._run(call, find)[:2]
 

@@ -9,7 +9,7 @@ from torch.utils import _pytree as pytree
 
 from .errors import TangentError
 from .forward import Forward
-from .kept import check_aux, forward_of
+from .kept import check_aux, served
 from .parts import Model
 from .route import Given, flatten
 from .simplify import PASSES
@@ -81,7 +81,8 @@ def jvp(
 
     Args:
         func: a function of tensors or pytrees of tensors. The programs of the last 32 functions
-            are kept: call with the same function object to capture once.
+            are kept; one serves all functions of one code that differ in the tensors they hold,
+            such as a lambda that is written in a loop.
         primals: the positional arguments of `func`, in a tuple or list.
         tangents: for each primal a tangent of the same structure, shape, dtype and device.
         strict: raises where an output of floats has no derivative, in place of zeros: it does not
@@ -107,8 +108,13 @@ def jvp(
     if spec != dot_spec or not leaves:
         specs = (str(pytree.tree_structure(tuple(each))) for each in (primals, tangents))
         raise TangentError(f"primals and tangents differ in structure: {' and '.join(specs)}")
-    forward = forward_of(func)
-    y, y_dot = forward._along(primals, Given(leaves, spec, dots))
+
+    def run(forward: Forward, held: dict[str, Any]) -> tuple[Any, Any, Forward]:
+        more, more_spec = flatten((), held)
+        call = Given([*leaves, *more], (spec, more_spec), dots)
+        return *forward._along(primals, held, call), forward
+
+    y, y_dot, forward = served(func, run)
     if has_aux:
         check_aux(y)
     if strict:

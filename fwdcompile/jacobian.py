@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from .errors import TangentError
 from .forward import Forward
-from .kept import check_aux, forward_of
+from .kept import check_aux, own, served
 from .parts import arguments_of, input_leaves
 from .program import is_differentiable, is_random
 
@@ -33,8 +33,8 @@ def jacfwd(
     `jacfwd(torch.func.grad(loss))`.
 
     Args:
-        func: a function of tensors or pytrees of tensors, or a module. As for `fwdcompile.jvp`, the
-            program of one function object is captured once.
+        func: a function of tensors or pytrees of tensors, or a module. Programs are kept as for
+            `fwdcompile.jvp`.
         argnums: the positional argument to differentiate by, or several.
         has_aux: `func` returns `(output, aux)`, of which only the first is differentiated.
         chunk_size: at most so many columns at a time, which bounds memory; by default all.
@@ -60,7 +60,8 @@ def jacfwd(
     """
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size must be positive, not {chunk_size}")
-    model = forward_of(func, batched=True, compile=compile)
+    options = {"batched": True, "compile": compile}
+    model = own(func, **options)
     several = isinstance(argnums, tuple)
     numbers = argnums if isinstance(argnums, tuple) else (argnums,)
     if not numbers or not all(type(number) is int for number in numbers):
@@ -72,15 +73,11 @@ def jacfwd(
         if len(set(places)) < len(places):
             raise TangentError(f"argnums {argnums} name an argument twice")
         inputs = _leaves_of(model.base, args, kwargs, places)
-        bases = {name: _axes(name, x) for name, x in inputs.items()}
-        chunks = {n: torch.split(basis, chunk_size or len(basis)) for n, basis in bases.items()}
-        run = functools.partial(model, *args, **kwargs)
-        if chunk_size is not None and sum(map(len, chunks.values())) > 1:
-            _check_repeatable(model, inputs, args, kwargs)
-            y, columns = _in_chunks(run, chunks)
-        else:
-            y, y_dots = run(tangents=[{name: basis} for name, basis in bases.items()])
-            columns = [pytree.tree_leaves(dot) for dot in y_dots]
+
+        def run(forward: Forward, held: dict[str, Any]) -> tuple[Any, list[list[Any]]]:
+            return _columns(forward, inputs, chunk_size, args, kwargs | held)
+
+        y, columns = served(func, run, model, **options)
         in_spec = pytree.tree_structure(picked if several else picked[0])
         blocks = [
             pytree.tree_unflatten(list(map(_block, each, inputs.values())), in_spec)
@@ -110,6 +107,24 @@ def _leaves_of(
     named = iter(input_leaves(func, args, kwargs))
     each = [list(itertools.islice(named, len(pytree.tree_leaves(arg)))) for arg in args]
     return dict(pair for number in numbers for pair in each[number])
+
+
+def _columns(
+    forward: Forward,
+    inputs: Mapping[str, Tensor],
+    chunk_size: int | None,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+) -> tuple[Any, list[list[Any]]]:
+    """The output, and for each input the derivatives of all outputs along its axes, in rows."""
+    bases = {name: _axes(name, x) for name, x in inputs.items()}
+    chunks = {n: torch.split(basis, chunk_size or len(basis)) for n, basis in bases.items()}
+    run = functools.partial(forward, *args, **kwargs)
+    if chunk_size is not None and sum(map(len, chunks.values())) > 1:
+        _check_repeatable(forward, inputs, args, kwargs)
+        return _in_chunks(run, chunks)
+    y, y_dots = run(tangents=[{name: basis} for name, basis in bases.items()])
+    return y, [pytree.tree_leaves(dot) for dot in y_dots]
 
 
 def _check_repeatable(

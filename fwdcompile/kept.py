@@ -5,25 +5,75 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable
 from types import BuiltinMethodType, MethodType
-from typing import Any
+from typing import Any, TypeVar
 
-from .errors import TangentError
+import torch
+
+from .errors import CaptureError, RuleError, TangentError
 from .forward import Forward
+from .inside import is_capturing
+from .lifted import HELD, is_liftable, lifted
 
-_MOST = 32
-_kept: OrderedDict[tuple[Any, ...], Forward] = OrderedDict()
+T = TypeVar("T")
+
+_MOST = 32  # functions
+_PROGRAMS = 64  # of one of them
+_kept: OrderedDict[Any, Forward] = OrderedDict()
+_unlifted: OrderedDict[Any, None] = OrderedDict()  # that are captured with the tensors they hold
+
+
+def served(
+    func: Callable[..., Any],
+    run: Callable[[Forward, dict[str, Any]], T],
+    own: Forward | None = None,
+    **options: Any,
+) -> T:
+    """Runs what serves a function: its transform, or that of one which held other tensors.
+
+    Args:
+        func: the function. One that is written in a loop need not be captured in each round.
+        run: what to do with a transform, and arguments that it takes beside those of `func`.
+        own: the function's own transform, if it is there already.
+        options: of the transform.
+    """
+    made = None if torch.compiler.is_compiling() or not is_liftable(func) else lifted(func)
+    if made is None or (made.tensors and is_capturing()):
+        return run(own or forward_of(func, **options), {})
+    key = (made.key, *options.items())
+    if key not in _unlifted:
+        forward = _kept_by(key, lambda: Forward(made.model(), **options))
+        try:
+            return run(forward, {HELD: made.tensors} if made.tensors else {})
+        except (CaptureError, RuleError):  # it may decide by tensors it holds, not by arguments
+            if not made.tensors:
+                raise
+            _unlifted[key] = None
+    return run(own or forward_of(func, **options), {})
+
+
+def own(func: Callable[..., Any], **options: Any) -> Forward:
+    """A function's own transform; `served` looks for one among those that are kept."""
+    return (Forward if is_liftable(func) else forward_of)(func, **options)
 
 
 def forward_of(func: Callable[..., Any], **options: Any) -> Forward:
-    """The transform of a function; those of the last 32 functions are kept, and what they hold."""
+    """The transform of a function, by the object that it is."""
     # a bound method is another object each time it is asked for; equal objects of other kinds may
     # differ in what they compute, and those in the table are alive, so that no id comes twice
     named = isinstance(func, MethodType | BuiltinMethodType)
     key = (func if named else id(func), *options.items())
-    forward = _kept.pop(key, None) or Forward(func, **options)
+    return _kept_by(key, lambda: Forward(func, **options))
+
+
+def _kept_by(key: Any, make: Callable[[], Forward]) -> Forward:
+    """The transform of a key; those of the last 32 are kept, and what they hold."""
+    forward = _kept.pop(key, None)
+    if forward is None or forward.programs > _PROGRAMS:
+        forward = make()
     _kept[key] = forward
-    if len(_kept) > _MOST:
-        _kept.popitem(last=False)
+    for table in (_kept, _unlifted):
+        if len(table) > _MOST:
+            table.popitem(last=False)
     return forward
 
 

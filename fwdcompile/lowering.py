@@ -93,6 +93,11 @@ class Lowering(Derived, Shown):
         self._routes = Routes()
         self._last = None
 
+    @property
+    def programs(self) -> int:
+        """How many have been made, for calls and states of the model."""
+        return len(self._cache)
+
     def _lowered(self, args: Sequence[Any], kwargs: Mapping[str, Any], request: Request) -> Lowered:
         if is_capturing():
             refuse_open_sizes((args, kwargs))

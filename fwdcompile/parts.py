@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from .lifted import Lifted
 from .objective import Objective
 
 Model = Callable[..., Any]
@@ -34,6 +35,8 @@ def modules_of(model: Model) -> dict[str, nn.Module]:
         loss = modules_of(model.loss_fn) if model.loss_fn else {}
         prefixed = {f"loss_fn_{name}".rstrip("_"): module for name, module in loss.items()}
         return modules_of(model.model) | prefixed
+    if isinstance(model, Lifted):
+        return modules_of(model.like)
     found: dict[str, nn.Module] = {}
     if isinstance(owner := getattr(model, "__self__", None), nn.Module):
         found[""] = owner
@@ -135,6 +138,7 @@ def _positional_names(model: Model, count: int) -> list[str]:
 def arguments_of(model: Model) -> inspect.Signature | None:
     """The arguments of a model; None for a builtin that does not tell them."""
     function = model.forward if isinstance(model, nn.Module) else model
+    function = function.like if isinstance(function, Lifted) else function
     if schema := getattr(function, "schema", None):  # of TorchScript
         names = [argument.name for argument in schema.arguments if argument.name != "self"]
         kind = inspect.Parameter.POSITIONAL_OR_KEYWORD

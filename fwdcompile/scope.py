@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .lifted import Lifted
 from .objective import Objective
 
 CONTAINERS = (list, tuple, dict, set, frozenset, deque)
@@ -100,6 +101,8 @@ def _classes_of(model: Any) -> Sequence[type]:
     """The classes of the objects that a model is made of, and their bases."""
     if isinstance(model, Objective):
         return [*_classes_of(model.model), *_classes_of(model.loss_fn)]
+    if isinstance(model, Lifted):
+        return _classes_of(model.like)
     if isinstance(model, functools.partial):
         return _classes_of(model.func)
     return type(getattr(model, "__self__", model)).__mro__

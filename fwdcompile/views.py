@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.jit import ScriptModule
 from torch.nn.modules import module as torch_module
 
+from .lifted import Lifted
 from .objective import Objective
 from .parts import Derived
 from .scope import CONTAINERS, Scope, is_code, is_library, loads
@@ -173,6 +174,7 @@ def _by(*attributes: str) -> Callable[[Any, Scope], View]:
 _VIEWS: dict[type, Callable[[Any, Scope], View | None]] = {
     Objective: _by("model", "loss_fn"),
     Derived: _by("base"),
+    Lifted: _by("like"),
     Scripted: lambda thing, scope: _of_script(thing.script, scope),
     ScriptModule: _of_script,
     nn.Module: _of_module,

@@ -26,7 +26,10 @@ def _uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
 SMALL: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
     "perceptron": (nn.Sequential(nn.Linear(3, 8), nn.GELU(), nn.Linear(8, 4)), (1, 3)),
     "convolutions": (nn.Sequential(nn.Conv2d(1, 3, 3, padding=1), nn.GELU()), (1, 1, 3, 4)),
-    "transformer": (nn.Sequential(nn.Linear(2, WIDTH), Attention(causal=False)), (1, 2, 2)),
+    "transformer": (
+        nn.Sequential(nn.Linear(2, WIDTH), Attention(causal=False), nn.Linear(WIDTH, 3)),
+        (1, 2, 2),
+    ),
     "forces": (Forces(4), (3, 3)),
 }
 

@@ -97,9 +97,9 @@ def test_a_bound_method_is_captured_once() -> None:
 
 def test_functions_of_long_ago_are_forgotten() -> None:
     def ask() -> weakref.ref[Tensor]:
-        large = torch.ones(3, dtype=torch.float64)
-        fwdcompile.jvp(lambda x: x * large, (X,), (X,))
-        return weakref.ref(large)
+        scaled = Scaled(torch.ones(3, dtype=torch.float64))
+        fwdcompile.jvp(lambda x: scaled(x), (X,), (X,))
+        return weakref.ref(scaled.by)
 
     held = [ask() for _ in range(40)]
     gc.collect()
