@@ -73,6 +73,8 @@ def jvp(
     *,
     strict: bool = False,
     has_aux: bool = False,
+    tracks_grad: bool = True,
+    compile: bool = False,
 ) -> tuple[Any, ...]:
     """The Jacobian-vector product of `func`, called as torch.func.jvp.
 
@@ -89,6 +91,8 @@ def jvp(
             depend on any primal, or by steps alone, as `x.floor()` does. torch.func.jvp gives zeros
             for such steps, and raises for an output that is no float.
         has_aux: `func` returns `(output, aux)`, of which only the first is differentiated.
+        tracks_grad: as of `transform`; False where no gradient is taken of the jvp.
+        compile: runs the program through torch.compile, once for all functions that it serves.
 
     Returns:
         `(output, jvp_output)`, and `aux` behind them if `has_aux`.
@@ -114,7 +118,7 @@ def jvp(
         call = Given([*leaves, *more], (spec, more_spec), dots)
         return *forward._along(primals, held, call), forward
 
-    y, y_dot, forward = served(func, run)
+    y, y_dot, forward = served(func, run, tracks_grad=tracks_grad, compile=compile)
     if has_aux:
         check_aux(y)
     if strict:

@@ -372,3 +372,22 @@ def test_sparse_tensors_are_held_as_they_are() -> None:
     a = torch.eye(3, dtype=torch.float64).to_sparse()
     found = lifted(lambda x: torch.sparse.mm(a, x))
     assert found is not None and not found.tensors
+
+
+@pytest.mark.compiled
+def test_a_program_of_many_functions_is_compiled_once(made: list[Any]) -> None:
+    for _ in range(2):
+        y = tensor(3)
+        x, v = tensor(2, 3), tensor(2, 3)
+        expected = torch.func.jvp(in_closure(y), (x,), (v,))
+        found = fwdcompile.jvp(in_closure(y), (x,), (v,), compile=True)
+        torch.testing.assert_close(found, expected)
+    assert len(made) == 1
+
+
+def test_a_jvp_kept_out_of_autograd() -> None:
+    y = tensor(3).requires_grad_()
+    x, v = tensor(3), tensor(3)
+    out, dot = fwdcompile.jvp(lambda x: x.sin() * y, (x,), (v,), tracks_grad=False)
+    assert out.requires_grad and not dot.requires_grad
+    torch.testing.assert_close(dot, x.cos() * v * y.detach())
