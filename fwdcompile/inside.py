@@ -31,8 +31,10 @@ class _Wanted(BaseException):
 
     def __init__(self, make: Callable[[], object]) -> None:
         self.make = make
+        self.line = here()
 
 
+_MOST = 256  # programs that a model calls
 _capturing: ContextVar[bool] = ContextVar("capturing", default=False)
 
 
@@ -42,16 +44,21 @@ def is_capturing() -> bool:
 
 
 def captured_with_inner(capture: Callable[[], T]) -> T:
-    """What a capture gives, as soon as the programs that the model calls are made."""
-    while True:
+    """What a capture gives, as soon as the programs that the model calls are made.
+
+    Raises:
+        CaptureError: it asks for more and more of them.
+    """
+    for _ in range(_MOST):
         token = _capturing.set(True)
         try:
             return capture()
         except _Wanted as wanted:
-            make = wanted.make
+            make, line = wanted.make, wanted.line
         finally:
             _capturing.reset(token)
         make()
+    raise CaptureError(_told(line, "what it is made of is another thing in each call"))
 
 
 def refuse_open_sizes(inputs: Any) -> None:
@@ -112,4 +119,8 @@ class _Like:
 
 def refused(reason: str) -> CaptureError:
     """The error of a transform that cannot be a part of a model."""
-    return CaptureError(f"{here()}\n  The model calls a transform here: {reason}.")
+    return CaptureError(_told(here(), reason))
+
+
+def _told(line: str, reason: str) -> str:
+    return f"{line}\n  The model calls a transform here: {reason}."

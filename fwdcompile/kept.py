@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections import OrderedDict
 from collections.abc import Callable
-from types import BuiltinMethodType, MethodType
+from types import BuiltinMethodType, FunctionType, MethodType
 from typing import Any, TypeVar
 
 import torch
@@ -12,7 +13,7 @@ import torch
 from .errors import CaptureError, RuleError, TangentError
 from .forward import Forward
 from .inside import is_capturing
-from .lifted import HELD, is_liftable, lifted
+from .lifted import HELD, lifted
 
 T = TypeVar("T")
 
@@ -36,16 +37,19 @@ def served(
         own: the function's own transform, if it is there already.
         options: of the transform.
     """
-    made = None if torch.compiler.is_compiling() or not is_liftable(func) else lifted(func)
-    if made is None or (made.tensors and is_capturing()):
+    inside = is_capturing()
+    traced = torch.compiler.is_compiling() and not inside  # by dynamo, which is told no ids
+    made = None if traced else lifted(func, inside)
+    if made is None or (inside and not made.lasts):
         return run(own or forward_of(func, **options), {})
     key = (made.key, *options.items())
     if key not in _unlifted:
         forward = _kept_by(key, lambda: Forward(made.model(), **options))
+        forward.lasts = True
         try:
             return run(forward, {HELD: made.tensors} if made.tensors else {})
         except (CaptureError, RuleError):  # it may decide by tensors it holds, not by arguments
-            if not made.tensors:
+            if inside or not made.tensors:
                 raise
             _unlifted[key] = None
     return run(own or forward_of(func, **options), {})
@@ -53,7 +57,8 @@ def served(
 
 def own(func: Callable[..., Any], **options: Any) -> Forward:
     """A function's own transform; `served` looks for one among those that are kept."""
-    return (Forward if is_liftable(func) else forward_of)(func, **options)
+    is_written_anew = type(func) in (FunctionType, functools.partial)
+    return (Forward if is_written_anew else forward_of)(func, **options)
 
 
 def forward_of(func: Callable[..., Any], **options: Any) -> Forward:

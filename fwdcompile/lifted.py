@@ -10,7 +10,14 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from enum import Enum
-from types import CellType, CodeType, FunctionType, MethodType
+from types import (
+    BuiltinFunctionType,
+    CellType,
+    CodeType,
+    FunctionType,
+    MethodType,
+    ModuleType,
+)
 from typing import Any
 
 import torch
@@ -19,11 +26,34 @@ from torch import Tensor, nn
 HELD = "_held"  # the argument that takes them
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, Enum)
 _HOLE = torch.empty(0)
+_REAL = (Tensor, nn.Parameter)
 
 # From tensors to a thing with these in the place of its own; None for one that holds none.
 Build = Callable[[Sequence[Tensor]], Any]
 Part = tuple[Any, Build | None]
-Held = dict[int, tuple[Tensor, int]]  # by their ids, each with its place
+_LASTING = (nn.Module, type, ModuleType, FunctionType, type(None))
+
+
+class Held:
+    """What a function holds: tensors, and what is told by its identity."""
+
+    def __init__(self, inside: bool) -> None:
+        self._inside = inside
+        self._places: dict[int, int] = {}
+        self.tensors: list[Tensor] = []
+        self.others: list[Any] = []
+
+    def takes(self, thing: Any) -> bool:
+        """Whether this is a tensor that an argument can be; what a capture has left is none."""
+        is_taken = isinstance(thing, Tensor) if self._inside else type(thing) in _REAL
+        return is_taken and thing.layout is torch.strided
+
+    def place(self, x: Tensor) -> int:
+        """The place of a tensor among those that are held."""
+        place = self._places.setdefault(id(x), len(self.tensors))
+        if place == len(self.tensors):
+            self.tensors.append(x)
+        return place
 
 
 class Lifted:
@@ -46,33 +76,34 @@ class Lifted:
 class Liftable:
     """A function and the tensors it holds.
 
+    Args:
+        func: the function.
+        inside: whether it is written in a model that is captured.
+
     Attributes:
         func: the function.
         tensors: each once.
         key: equal for functions that differ in their tensors alone, as long as the other things
             live that they hold.
+        lasts: whether the key is the same where the function is written another time.
     """
 
-    def __init__(self, func: Callable[..., Any]) -> None:
+    def __init__(self, func: Callable[..., Any], inside: bool) -> None:
         self.func = func
-        held: Held = {}
+        held = Held(inside)
         self.key, self._build = _part(func, held, ())
-        self.tensors = [x for x, _ in held.values()]
+        self.tensors = held.tensors
+        self.lasts = all(isinstance(thing, _LASTING) for thing in held.others)
 
     def model(self) -> Callable[..., Any]:
         """What to capture: it holds no tensors of this call."""
         return Lifted(self._build, len(self.tensors)) if self._build else self.func
 
 
-def is_liftable(func: Any) -> bool:
-    """Whether this is a Python function, or a `partial`."""
-    return type(func) in (FunctionType, functools.partial)
-
-
-def lifted(func: Callable[..., Any]) -> Liftable | None:
-    """A function and the tensors it holds, unless these cannot be told."""
+def lifted(func: Callable[..., Any], inside: bool = False) -> Liftable | None:
+    """A function and the tensors it holds, unless these cannot be told; see `Liftable`."""
     try:
-        return Liftable(func)
+        return Liftable(func, inside)
     except ValueError:  # a variable is not set yet, or is the function itself
         return None
 
@@ -82,19 +113,26 @@ def _part(thing: Any, held: Held, within: tuple[Any, ...]) -> Part:
     kind = type(thing)
     if isinstance(thing, _PLAIN):
         return (kind, repr(thing)), None
-    if kind in (Tensor, nn.Parameter) and thing.layout is torch.strided:
-        _, place = held.setdefault(id(thing), (thing, len(held)))
+    if held.takes(thing):
+        place = held.place(thing)
         return (Tensor, place), lambda given: given[place]
     if kind is MethodType:  # another object each time it is asked for
+        held.others += thing.__func__, thing.__self__
         return (kind, id(thing.__func__), id(thing.__self__)), None
+    if kind is BuiltinFunctionType:  # so may be this one
+        held.others.append(thing.__self__)
+        return (kind, thing), None
     if kind not in _LOOKED_INTO or (kind is functools.partial and vars(thing)):
+        held.others.append(thing)
         return (object, id(thing)), None
     if any(thing is each for each in within):
         raise ValueError("it holds itself")
     key, build = _LOOKED_INTO[kind](thing, held, (*within, thing))
     # what may be written to is told by what it holds only where it is made anew
-    is_taken = build is None and kind in (list, dict)
-    return (object, id(thing)) if is_taken else (kind, key), build
+    if build is None and kind in (list, dict):
+        held.others.append(thing)
+        return (object, id(thing)), None
+    return (kind, key), build
 
 
 def _of_tuple(thing: Sequence[Any], held: Held, within: tuple[Any, ...]) -> Part:

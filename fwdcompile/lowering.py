@@ -77,7 +77,7 @@ class Lowering(Derived, Shown):
             raise ValueError("only the outermost transform can be batched")
         check_mode(mode)
         check_passes(passes)
-        self._lasts = not is_capturing()
+        self.lasts = not is_capturing()
         self.model = model
         self.base: Model = model.base if isinstance(model, Lowering) else model
         self.depth: int = model.depth + 1 if isinstance(model, Lowering) else 1
@@ -115,7 +115,7 @@ class Lowering(Derived, Shown):
 
     def _ask(self, key: Any, args: Any, kwargs: Any, request: Request) -> None:
         """Has a program made for the model that calls this one, outside of its capture."""
-        if not self._lasts:
+        if not self.lasts:
             raise refused("it is made anew in each call; make it once, outside of forward")
         if key in self._asked:
             raise refused("forward sets training flags, or autocast, that do not hold outside")

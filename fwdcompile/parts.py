@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import is_dataclass
@@ -37,6 +38,8 @@ def modules_of(model: Model) -> dict[str, nn.Module]:
         return modules_of(model.model) | prefixed
     if isinstance(model, Lifted):
         return modules_of(model.like)
+    if isinstance(model, functools.partial):
+        return modules_of(model.func)
     found: dict[str, nn.Module] = {}
     if isinstance(owner := getattr(model, "__self__", None), nn.Module):
         found[""] = owner

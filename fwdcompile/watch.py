@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from enum import Enum
 from operator import is_
@@ -94,8 +94,9 @@ class Watch:
 
     def _see(self) -> None:
         self._views = views_of(self._model)
-        roots = nn.ModuleList(modules_of(self._model).values())
-        self._homes = [home for m in roots.modules() for home in (m._parameters, m._buffers)]
+        own = dict.fromkeys(nn.ModuleList(modules_of(self._model).values()).modules())
+        self._homes = [home for m in own for home in (m._parameters, m._buffers)]
+        self._views += [_constants(v.thing) for v in self._views if _is_foreign(v.thing, own)]
         self._looks = [view.look for view in self._views if not view.still]
         self._spaces = [view.space for view in self._views if view.space is not None]
         self._seen, self._sizes = self._look()
@@ -118,6 +119,20 @@ class Watch:
         labels = (label for view in self._views for label in view.labels())
         pairs = zip(labels, self._tokens, before, strict=False)
         return next((label for label, new, old in pairs if new != old), "what it consists of")
+
+
+def _is_foreign(thing: Any, own: Collection[nn.Module]) -> bool:
+    """Whether a module is none of the model's own, so that its tensors are constants."""
+    return isinstance(thing, nn.Module) and thing not in own
+
+
+def _constants(module: nn.Module) -> View:
+    homes = module._parameters, module._buffers
+    return View(
+        module,
+        [key for home in homes for key in home],
+        lambda: [x for home in homes for x in home.values()],
+    )
 
 
 class _Same:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -150,11 +151,82 @@ def test_what_is_kept_out_of_autograd_is_constant_for_the_outer_transform() -> N
         assert bool(y_dot.any()) == moves
 
 
+class Written(nn.Module):
+    """The same residual without u_xx, by functions that forward writes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 1))
+
+    def along(self, jvp: Any, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        return jvp(lambda x: self.net(torch.cat([x, t], 1)), (x,), (torch.ones_like(x),))
+
+    def residual(self, jvp: Any, jacfwd: Any, x: Tensor, t: Tensor) -> Tensor:
+        u, u_x = self.along(jvp, x, t)
+        _, u_t = jvp(functools.partial(self.field, x), (t,), (torch.ones_like(t),))
+        jacobian = jacfwd(self.net)(torch.cat([x, t], 1)[0])
+        return u_t + u * u_x + jacobian.square().sum()
+
+    def field(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.net(torch.cat([x, t], 1))
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.residual(fwdcompile.jvp, fwdcompile.jacfwd, x, t)
+
+
+def test_functions_that_forward_writes() -> None:
+    torch.manual_seed(0)
+    model = Written().double()
+    x, t = torch.randn(2, 5, 1, dtype=F64)
+    expected = model.residual(torch.func.jvp, torch.func.jacfwd, x, t)
+    fwd = fwdcompile.transform(model)
+    y, _ = fwd(x, t, tangents={"x": x})
+    torch.testing.assert_close(y, expected)
+    check(model, x, t)
+    steps = FGD(model, lambda out, target: (out - target).square().mean(), lr=1e-2, compile=False)
+    losses = [float(steps.step(x, t, torch.zeros_like(x))) for _ in range(3)]
+    torch.testing.assert_close(losses[0], float(expected.detach().square().mean()))
+    assert len(set(losses)) == 3
+
+
+def test_a_jvp_of_a_jvp() -> None:
+    x, v = torch.randn(2, 3, dtype=F64)
+
+    def cubed(jvp: Any, order: int) -> Callable[[Tensor], Tensor]:
+        if not order:
+            return lambda x: (x**3).sin()
+        inner = cubed(jvp, order - 1)
+        return lambda x: jvp(lambda z: inner(z) * x, (x,), (v,))[1]
+
+    for order in (1, 2):
+        found = fwdcompile.jvp(cubed(fwdcompile.jvp, order), (x,), (v,))
+        expected = torch.func.jvp(cubed(torch.func.jvp, order), (x,), (v,))
+        torch.testing.assert_close(found, expected)
+
+
+class Scaled:
+    """A function that is another object each time it is made."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x.sin()
+
+
+def test_a_module_that_forward_makes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fwdcompile.inside, "_MOST", 3)
+
+    def model(x: Tensor) -> Tensor:
+        layer = nn.Tanh()
+        return fwdcompile.jvp(lambda x: layer(x), (x,), (x,))[1]
+
+    with pytest.raises(CaptureError, match=r"test_inside.py.*\n.*another thing in each call"):
+        fwdcompile.transform(model)(torch.ones(3), tangents={"x": torch.ones(3)})
+
+
 def test_a_transform_that_forward_makes_is_refused() -> None:
     net = nn.Linear(2, 1)
     makers: list[Callable[[Tensor], Any]] = [
         lambda x: fwdcompile.transform(net)(x, tangents={"input": x})[1],
-        lambda x: fwdcompile.jvp(lambda x: x.sin(), (x,), (x,))[1],
+        lambda x: fwdcompile.jvp(Scaled(), (x,), (x,))[1],
     ]
     for model in makers:
         with pytest.raises(CaptureError, match="made anew in each call") as met:

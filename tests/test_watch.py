@@ -441,3 +441,66 @@ def test_plain_numbers_are_told_apart_by_what_they_do(numbers: tuple[float, floa
         y, _ = fwd(X.abs(), number, tangents={"x": X})
         close(y, function(X.abs(), number))
     assert len(fwd._cache) == len({*map(repr, numbers)})
+
+
+def in_a_helper(net: nn.Module) -> Callable[[Tensor], Any]:
+    def helper(x: Tensor) -> Any:
+        return net(x)
+
+    return lambda x: helper(x) * 2
+
+
+def in_a_list(net: nn.Module) -> Callable[[Tensor], Any]:
+    layers = [net]
+    return lambda x: layers[0](x)
+
+
+def in_a_dict(net: nn.Module) -> Callable[[Tensor], Any]:
+    layers = {"first": net}
+    return lambda x: layers["first"](x)
+
+
+def in_an_object(net: nn.Module) -> Callable[[Tensor], Any]:
+    holder = SimpleNamespace(layer=net)
+    return lambda x: holder.layer(x)
+
+
+def by_a_partial(net: nn.Module) -> Callable[[Tensor], Any]:
+    return functools.partial(lambda layer, x: layer(x), net)
+
+
+REACHED = [in_a_helper, in_a_list, in_a_dict, in_an_object, by_a_partial]
+
+
+@pytest.mark.parametrize("hold", REACHED)
+def test_parameters_that_are_constants_may_be_replaced(hold: Any) -> None:
+    layer = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3).eval()).double()
+    function = hold(layer)
+    fwd = fwdcompile.transform(function)
+    old = layer[0].weight
+    for turn in range(4):
+        if turn == 1:
+            layer[0].weight = nn.Parameter(-old.detach())
+        if turn == 2:
+            layer[1].running_mean = torch.ones(3, dtype=torch.float64)
+        if turn == 3:
+            layer[0].weight = old
+        expected = torch.func.jvp(function, (X,), (X,))
+        close(fwd(X, tangents={"x": X}), expected)
+        assert fwd.programs <= turn + 1
+    with torch.no_grad():
+        old.mul_(2)
+    close(fwd(X, tangents={"x": X})[0], function(X))
+    assert fwd.programs <= 4
+
+
+def test_a_partial_of_a_module_has_its_parameters() -> None:
+    net = nn.Bilinear(3, 3, 2).double()
+    fwd = fwdcompile.transform(functools.partial(net, X))
+    v = torch.randn_like(net.weight)
+    for _ in range(2):
+        net.weight = nn.Parameter(torch.randn_like(net.weight))
+        y, y_dot = fwd(X, tangents={"weight": v})
+        close(y, net(X, X))
+        close(y_dot, F.bilinear(X, X, v))
+    assert fwd.programs == 1
