@@ -9,7 +9,7 @@ from torch.utils import _pytree as pytree
 
 from .errors import TangentError
 from .forward import Forward
-from .kept import check_aux, served
+from .kept import check_aux, served, transform_of
 from .parts import Model
 from .route import Given, flatten
 from .simplify import PASSES
@@ -55,12 +55,13 @@ def transform(
     The mathematics is forward-mode AD as in section 2.1 of Baydin et al. (2022): y and J v
     together, in one evaluation.
     """
-    return Forward(
+    return transform_of(
+        Forward,
         model,
         tracks_grad=tracks_grad,
         compile=compile,
         mode=mode,
-        passes=passes,
+        passes=tuple(passes),
         dynamic=dynamic,
         batched=batched,
     )

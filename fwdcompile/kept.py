@@ -6,7 +6,7 @@ import functools
 from collections import OrderedDict
 from collections.abc import Callable
 from types import BuiltinMethodType, FunctionType, MethodType
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 
@@ -16,6 +16,7 @@ from .inside import is_capturing
 from .lifted import HELD, lifted
 
 T = TypeVar("T")
+F = TypeVar("F", bound=Forward)
 
 _MOST = 32  # functions
 _PROGRAMS = 64  # of one of them
@@ -53,6 +54,16 @@ def served(
                 raise
             _unlifted[key] = None
     return run(own or forward_of(func, **options), {})
+
+
+def transform_of(kind: type[F], model: Callable[..., Any], **options: Any) -> F:
+    """A transform; in a model that is captured, the one that it made when capture began before."""
+    found = lifted(model, inside=True) if is_capturing() else None
+    if found is None or found.tensors or not found.lasts:
+        return kind(model, **options)
+    forward = _kept_by((kind, found.key, *options.items()), lambda: kind(model, **options))
+    forward.lasts = True
+    return cast(F, forward)
 
 
 def own(func: Callable[..., Any], **options: Any) -> Forward:

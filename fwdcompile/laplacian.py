@@ -9,6 +9,7 @@ from typing import Any
 from .binding import Tangents, call_values, check_name, check_tangents, dense
 from .errors import TangentError
 from .forward import Forward
+from .kept import transform_of
 from .lowered import Lowered
 from .parts import Model
 from .program import Program
@@ -148,12 +149,13 @@ def laplacian(
     network-based variational Monte Carlo", and Dangel et al. (2025), "Collapsing Taylor Mode
     Automatic Differentiation".
     """
-    return Laplacian(
+    return transform_of(
+        Laplacian,
         model,
         tracks_grad=tracks_grad,
         compile=compile,
         mode=mode,
-        passes=passes,
+        passes=tuple(passes),
         dynamic=dynamic,
         batched=batched,
     )

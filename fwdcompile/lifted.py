@@ -31,7 +31,15 @@ _REAL = (Tensor, nn.Parameter)
 # From tensors to a thing with these in the place of its own; None for one that holds none.
 Build = Callable[[Sequence[Tensor]], Any]
 Part = tuple[Any, Build | None]
-_LASTING = (nn.Module, type, ModuleType, FunctionType, type(None))
+
+
+class Derived:
+    """What is made of a model and called in its place, as a transform is."""
+
+    base: Callable[..., Any]
+
+
+_LASTING = (nn.Module, Derived, type, ModuleType, FunctionType, type(None))
 
 
 class Held:

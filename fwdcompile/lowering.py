@@ -23,9 +23,10 @@ from .inside import (
     refuse_open_sizes,
     refused,
 )
+from .lifted import Derived
 from .lowered import Function, Lowered, Shown, generate
 from .nesting import as_primal, tie
-from .parts import Derived, Model
+from .parts import Model
 from .program import Program
 from .pushforward import derive
 from .remake import remake

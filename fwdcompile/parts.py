@@ -13,19 +13,13 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from .lifted import Lifted
+from .lifted import Derived, Lifted
 from .objective import Objective
 
 Model = Callable[..., Any]
 _PLAIN = (Tensor, nn.Parameter, nn.Buffer)
 # no module can go by these names within another
 _TAKEN = frozenset(dir(nn.Module())) | {"attributes", "_called"}
-
-
-class Derived:
-    """What is made of a model and called in its place, as a transform is."""
-
-    base: Model
 
 
 def modules_of(model: Model) -> dict[str, nn.Module]:

@@ -26,9 +26,8 @@ from torch import Tensor, nn
 from torch.jit import ScriptModule
 from torch.nn.modules import module as torch_module
 
-from .lifted import Lifted
+from .lifted import Derived, Lifted
 from .objective import Objective
-from .parts import Derived
 from .scope import CONTAINERS, Scope, is_code, is_library, loads
 from .scripts import Scripted
 

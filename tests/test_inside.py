@@ -204,6 +204,31 @@ def test_a_jvp_of_a_jvp() -> None:
         torch.testing.assert_close(found, expected)
 
 
+def test_transforms_that_forward_makes() -> None:
+    net = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 1)).double()
+
+    def model(x: Tensor) -> Tensor:
+        axes = [{"input": e.expand_as(x)} for e in torch.eye(2, dtype=F64)]
+        u, _, u_laplace = fwdcompile.laplacian(net)(x, tangents=axes)
+        twice = fwdcompile.transform(fwdcompile.transform(net))
+        (_, u_dot), (_, u_ddot) = twice(x, tangents={"input": x})
+        return u_laplace + u * u_dot + u_ddot
+
+    def by_torch(x: Tensor) -> Tensor:
+        hessian = torch.stack([torch.func.hessian(lambda z: net(z)[0])(row) for row in x])
+        u_laplace = hessian.diagonal(dim1=1, dim2=2).sum(1, keepdim=True)
+        u, u_dot = torch.func.jvp(net, (x,), (x,))
+        return u_laplace + u * u_dot + torch.einsum("bi,bij,bj->b", x, hessian, x)[:, None]
+
+    x, h = torch.randn(4, 2, dtype=F64), 1e-5
+    fwd = fwdcompile.transform(model)
+    for _ in range(2):
+        y, y_dot = fwd(x, tangents={"x": x})
+        torch.testing.assert_close(y, by_torch(x))
+        slope = (by_torch(x + h * x) - by_torch(x - h * x)) / (2 * h)
+        torch.testing.assert_close(y_dot, slope, rtol=1e-7, atol=1e-7)
+
+
 class Scaled:
     """A function that is another object each time it is made."""
 
@@ -225,7 +250,8 @@ def test_a_module_that_forward_makes_is_refused(monkeypatch: pytest.MonkeyPatch)
 def test_a_transform_that_forward_makes_is_refused() -> None:
     net = nn.Linear(2, 1)
     makers: list[Callable[[Tensor], Any]] = [
-        lambda x: fwdcompile.transform(net)(x, tangents={"input": x})[1],
+        lambda x: fwdcompile.transform(Scaled())(x, tangents={"x": x})[1],
+        lambda x: fwdcompile.transform(lambda z: z * x)(x, tangents={"z": x})[1],
         lambda x: fwdcompile.jvp(Scaled(), (x,), (x,))[1],
     ]
     for model in makers:
