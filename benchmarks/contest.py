@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
 import statistics
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from results import Cells, hardware, refusal
+from results import RESULTS, Cells, hardware, header, prepare, publish, refusal, refusals, table
+from torch import nn
+from torch._inductor.utils import fresh_cache
 
 from fwdcompile.measure import ratio, take_turns
 
@@ -71,3 +76,74 @@ def run_under(entry: dict[str, Any], command: str) -> str:
         f"{hardware(entry)}, {machine['threads']} threads, torch {machine['torch']}, "
         f"JAX {machine['jax']}, float32. Written by `{command}`.\n"
     )
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model and the shape of its input."""
+
+    make: Callable[[], nn.Module]
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Contest:
+    """A benchmark of ways to compute one thing of some models.
+
+    Attributes:
+        title: what is computed.
+        file: of the results, without an ending.
+        command: that writes them.
+        cases: the models by name.
+        ways: those of torch, ours first.
+        apart: the way of another library.
+        start: from a way, a model and tensors of its input's shape to a run and the seconds of the
+            first.
+        tensors: how many there are.
+    """
+
+    title: str
+    file: str
+    command: str
+    cases: Mapping[str, Case]
+    ways: Sequence[str]
+    apart: str
+    start: Callable[..., tuple[Run, float]]
+    tensors: int = 1
+
+    def page(self, result: dict[str, Any]) -> str:
+        """The result as Markdown."""
+        works = result["works"]
+        columns = {name: entry["methods"] for name, entry in works.items()}
+        ways = [*self.ways, self.apart]
+        return "\n".join(
+            (
+                table(f"{self.title}, ms", columns, milliseconds, ways, "-"),
+                table(f"{self.title}, seconds of the first", columns, seconds, ways, "-"),
+                refusals(works),
+                f"In brackets the ratio to `{self.ways[0]}`. "
+                + run_under(next(iter(works.values())), self.command),
+            )
+        )
+
+    def main(self, description: str, pairs: int) -> None:
+        """The command line: runs all cases and writes the results."""
+        parser = argparse.ArgumentParser(description=description.splitlines()[0])
+        parser.add_argument("--pairs", type=int, default=pairs, help="turns that each way takes")
+        parser.add_argument("--out", type=Path, default=RESULTS)
+        options = parser.parse_args()
+        prepare("float32")
+        works = {name: self._work(name, case, options.pairs) for name, case in self.cases.items()}
+        result = {"works": works}
+        publish(options.out, self.file, result, self.page(result))
+
+    def _work(self, name: str, case: Case, pairs: int) -> dict[str, Any]:
+        torch.manual_seed(0)
+        torch._dynamo.reset()
+        model = case.make().requires_grad_(False)
+        tensors = [torch.randn(case.shape) for _ in range(self.tensors)]
+        entry = header(name, case.shape[0], "float32", "cpu") | {"pairs": pairs}
+        ways = (*self.ways, self.apart)
+        starts = {way: lambda way=way: self.start(way, model, *tensors) for way in ways}
+        with fresh_cache():  # so that the first turn finds nothing compiled
+            return entry | {"methods": contest(starts, self.ways[0], (self.apart,), pairs)}

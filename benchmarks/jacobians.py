@@ -8,20 +8,15 @@ of torch whose Jacobian is not that of autograd in float64 is not timed.
 
 from __future__ import annotations
 
-import argparse
 import functools
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from contest import CPU, Run, contest, milliseconds, run_under, seconds
+from contest import CPU, Case, Contest, Run
 from forces import Forces
-from results import RESULTS, header, prepare, publish, refusals, table
 from torch import Tensor, nn
-from torch._inductor.utils import fresh_cache
 from torch.autograd.functional import jacobian
 from works import WIDTH, Attention, Perceptron
 
@@ -31,14 +26,6 @@ from fwdcompile.measure import timed
 OURS = "fwdcompile.jacfwd, compiled"
 JAX = "jax.jacfwd, jitted"
 WRONG = 1e-3
-
-
-@dataclass(frozen=True)
-class Case:
-    """A model and the shape of its input."""
-
-    make: Callable[[], nn.Module]
-    shape: tuple[int, ...]
 
 
 CASES = {
@@ -104,42 +91,8 @@ def by_autograd(model: nn.Module, x: Tensor) -> Tensor:
     return found
 
 
-def page(result: dict[str, Any]) -> str:
-    """The result as Markdown."""
-    works = result["works"]
-    columns = {name: entry["methods"] for name, entry in works.items()}
-    ways = [*WAYS, JAX]
-    return "\n".join(
-        (
-            table("Jacobian, ms", columns, milliseconds, ways, "-"),
-            table("Jacobian, seconds of the first", columns, seconds, ways, "-"),
-            refusals(works),
-            f"In brackets the ratio to `{OURS}`. "
-            + run_under(next(iter(works.values())), "make bench-jacobians"),
-        )
-    )
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pairs", type=int, default=24, help="turns that each way takes")
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    options = parser.parse_args()
-    prepare("float32")
-    works: dict[str, Any] = {}
-    for name, case in CASES.items():
-        torch.manual_seed(0)
-        torch._dynamo.reset()
-        model, x = case.make().requires_grad_(False), torch.randn(case.shape)
-        entry = header(name, 1, "float32", "cpu") | {"pairs": options.pairs}
-        starts = {
-            way: lambda way=way, model=model, x=x: start(way, model, x) for way in (*WAYS, JAX)
-        }
-        with fresh_cache():  # so that the first turn finds nothing compiled
-            works[name] = entry | {"methods": contest(starts, OURS, (JAX,), options.pairs)}
-    result = {"works": works}
-    publish(options.out, "jacobians-cpu", result, page(result))
-
+CONTEST = Contest("Jacobian", "jacobians-cpu", "make bench-jacobians", CASES, [*WAYS], JAX, start)
+page = CONTEST.page
 
 if __name__ == "__main__":
-    main()
+    CONTEST.main(__doc__, pairs=24)

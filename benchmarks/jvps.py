@@ -8,18 +8,13 @@ whose tangent is not that of central differences in float64 is not timed.
 
 from __future__ import annotations
 
-import argparse
 import importlib
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-from contest import CPU, Run, contest, milliseconds, run_under, seconds
-from jacobians import Case
-from results import RESULTS, header, prepare, publish, refusals, table
+from contest import CPU, Case, Contest, Run
 from torch import Tensor, nn
-from torch._inductor.utils import fresh_cache
 from torch.autograd import forward_ad
 from works import WIDTH, Attention, Perceptron
 
@@ -117,44 +112,8 @@ def by_differences(model: nn.Module, x: Tensor, v: Tensor) -> Tensor:
     return (above - below) / (2 * STEP)
 
 
-def page(result: dict[str, Any]) -> str:
-    """The result as Markdown."""
-    works = result["works"]
-    columns = {name: entry["methods"] for name, entry in works.items()}
-    ways = [*WAYS, JAX]
-    return "\n".join(
-        (
-            table("One jvp, ms", columns, milliseconds, ways, "-"),
-            table("One jvp, seconds of the first", columns, seconds, ways, "-"),
-            refusals(works),
-            f"In brackets the ratio to `{OURS}`. "
-            + run_under(next(iter(works.values())), "make bench-jvps"),
-        )
-    )
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pairs", type=int, default=100, help="turns that each way takes")
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    options = parser.parse_args()
-    prepare("float32")
-    works: dict[str, Any] = {}
-    for name, case in CASES.items():
-        torch.manual_seed(0)
-        torch._dynamo.reset()
-        model = case.make().requires_grad_(False)
-        pair = torch.randn(case.shape), torch.randn(case.shape)
-        entry = header(name, case.shape[0], "float32", "cpu") | {"pairs": options.pairs}
-        starts = {
-            way: lambda way=way, model=model, pair=pair: start(way, model, *pair)
-            for way in (*WAYS, JAX)
-        }
-        with fresh_cache():  # so that the first turn finds nothing compiled
-            works[name] = entry | {"methods": contest(starts, OURS, (JAX,), options.pairs)}
-    result = {"works": works}
-    publish(options.out, "jvps-cpu", result, page(result))
-
+CONTEST = Contest("One jvp", "jvps-cpu", "make bench-jvps", CASES, [*WAYS], JAX, start, 2)
+page = CONTEST.page
 
 if __name__ == "__main__":
-    main()
+    CONTEST.main(__doc__, pairs=100)
