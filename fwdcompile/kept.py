@@ -7,6 +7,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from types import BuiltinMethodType, FunctionType, MethodType
 from typing import Any, TypeVar, cast
+from weakref import WeakKeyDictionary, ref
 
 import torch
 
@@ -21,6 +22,7 @@ F = TypeVar("F", bound=Forward)
 _MOST = 32  # functions
 _PROGRAMS = 64  # of one of them
 _kept: OrderedDict[Any, Forward] = OrderedDict()
+_made_of: WeakKeyDictionary[Forward, Any] = WeakKeyDictionary()  # the first function of each
 _unlifted: OrderedDict[Any, None] = OrderedDict()  # that are captured with the tensors they hold
 
 
@@ -44,8 +46,8 @@ def served(
     if made is None or (inside and not made.lasts):
         return run(own or forward_of(func, **options), {})
     key = (made.key, *options.items())
-    if key not in _unlifted:
-        forward = _kept_by(key, lambda: Forward(made.model(), **options))
+    forward = None if key in _unlifted else _kept_by(key, lambda: Forward(made.model(), **options))
+    if forward is not None and _is_its_own(forward, func):
         forward.lasts = True
         try:
             return run(forward, {HELD: made.tensors} if made.tensors else {})
@@ -54,6 +56,12 @@ def served(
                 raise
             _unlifted[key] = None
     return run(own or forward_of(func, **options), {})
+
+
+def _is_its_own(forward: Forward, func: Callable[..., Any]) -> bool:
+    """Whether a kept transform may serve a function: another, if nothing can change unseen."""
+    first = _made_of.setdefault(forward, ref(func))
+    return first() is func or not forward.watch.is_blind
 
 
 def transform_of(kind: type[F], model: Callable[..., Any], **options: Any) -> F:

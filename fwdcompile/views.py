@@ -9,7 +9,9 @@ is taken to stay as it is.
 
 from __future__ import annotations
 
+import array
 import functools
+import random
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -22,6 +24,7 @@ from types import (
 )
 from typing import Any
 
+import numpy as np
 from torch import Tensor, nn
 from torch.jit import ScriptModule
 from torch.nn.modules import module as torch_module
@@ -34,6 +37,8 @@ from .scripts import Scripted
 LONGEST = 64  # items of a list or dict that is looked at
 FARTHEST = 4096  # things that are followed, the nearest first
 _HOOKS = (torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks)
+# that a program may be made for, and that change in place
+_NUMBERS = (np.ndarray, np.random.Generator, np.random.RandomState, random.Random, array.array)
 _OF_ALL_MODULES = frozenset(vars(nn.Module())) - {"training"}
 
 
@@ -47,6 +52,7 @@ class View:
         look: gives all that is seen.
         space: what grows where there is more to see.
         still: whether one look is enough.
+        blind: whether there may be more to see that is not looked at.
     """
 
     thing: Any
@@ -54,6 +60,7 @@ class View:
     look: Callable[[], Sequence[Any]]
     space: Any = None
     still: bool = False
+    blind: bool = False
 
     def labels(self) -> list[str]:
         """For each thing that is seen what a person calls it."""
@@ -80,6 +87,8 @@ def views_of(model: Any) -> list[View]:
             if len(reached) < FARTHEST:
                 reached |= new
                 things += new.values()
+            elif new:
+                views.append(_unseen(thing))
     return views
 
 
@@ -137,7 +146,7 @@ def _of_object(thing: Any, scope: Scope) -> View | None:
     with suppress(AttributeError):
         space = object.__getattribute__(thing, "__dict__")
     if is_library(thing.__name__ if kind is ModuleType else kind.__module__):
-        return None
+        return _unseen(thing) if isinstance(thing, _NUMBERS) else None
     spaces = [vars(base) for base in kind.__mro__ if "__slots__" in vars(base)]  # no C type has it
     slots = {key: x for space in spaces for key, x in space.items() if _is_slot(x)}
     names = scope.names if kind is ModuleType else scope.names | scope.loaded(thing)
@@ -151,8 +160,9 @@ def _of_object(thing: Any, scope: Scope) -> View | None:
 
 
 def _of_items(thing: Any, scope: Scope) -> View | None:
-    if len(thing) > LONGEST:
-        return None
+    if len(thing) > LONGEST:  # words, such as the names of classes, are no numbers
+        things = thing.values() if isinstance(thing, dict) else thing
+        return None if all(isinstance(x, str) for x in things) else _unseen(thing)
     if isinstance(thing, dict):
         return View(thing, (), lambda: [*thing, *thing.values()])
     return View(thing, (), lambda: [*thing])
@@ -189,6 +199,10 @@ _VIEWS: dict[type, Callable[[Any, Scope], View | None]] = {
     type: _of_class,
     object: _of_object,
 }
+
+
+def _unseen(thing: Any) -> View:
+    return View(thing, (), tuple, still=True, blind=True)
 
 
 def _is_slot(thing: Any) -> bool:

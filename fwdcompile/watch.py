@@ -48,6 +48,8 @@ class Watch:
         self._tokens: list[Any] = []
         self._versions: dict[tuple[Any, ...], int] = {}
         self._version = -1
+        # whether the code can read what is not looked at, such as the numbers of an array
+        self.is_blind = False
 
     def version(self) -> int:
         """The number of what the model is now: what it was before has the number of then."""
@@ -97,6 +99,7 @@ class Watch:
         own = dict.fromkeys(nn.ModuleList(modules_of(self._model).values()).modules())
         self._homes = [home for m in own for home in (m._parameters, m._buffers)]
         self._views += [_constants(v.thing) for v in self._views if _is_foreign(v.thing, own)]
+        self.is_blind = any(view.blind for view in self._views)
         self._looks = [view.look for view in self._views if not view.still]
         self._spaces = [view.space for view in self._views if view.space is not None]
         self._seen, self._sizes = self._look()

@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -391,3 +392,29 @@ def test_a_jvp_kept_out_of_autograd() -> None:
     out, dot = fwdcompile.jvp(lambda x: x.sin() * y, (x,), (v,), tracks_grad=False)
     assert out.requires_grad and not dot.requires_grad
     torch.testing.assert_close(dot, x.cos() * v * y.detach())
+
+
+NUMBERS = np.ones(1)
+MANY = dict.fromkeys(range(100), 1.0)
+
+
+def by_an_array(x: Tensor) -> Tensor:
+    return x.sin() * float(NUMBERS[0])
+
+
+def test_what_is_not_looked_at_is_read_by_each_function_anew(made: list[Any]) -> None:
+    def written(y: Tensor, numbers: Any) -> list[Callable[[Tensor], Tensor]]:
+        return [
+            lambda x: x.sin() * y * float(numbers[0]),
+            lambda x: by_an_array(x) * y,
+            lambda x: x.sin() * y * MANY[0],
+        ]
+
+    for number in (1.0, 2.0, 3.0):
+        NUMBERS[0] = MANY[0] = number
+        x, v, y = tensor(3), tensor(3), tensor(3)
+        for function in written(y, NUMBERS):
+            for _ in range(2):
+                _, dot = fwdcompile.jvp(function, (x,), (v,))
+                torch.testing.assert_close(dot, x.cos() * v * y * number)
+    assert len(made) == 9
