@@ -10,7 +10,7 @@ Where a rectifier follows, u passes through that, too: a unit that is off has th
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -291,7 +291,9 @@ class ActivityForward(StepForward):
 def check_examples(lowered: Lowered, tensors: Sequence[Tensor]) -> bool:
     """Refuses losses of examples that depend on other examples: their gradients would be wrong.
 
-    Moves the outputs of the first example alone and looks whether other losses follow.
+    Moves the outputs of some examples and looks whether losses of others follow, for sets that part
+    every two examples. It does so at other weights than the model's, too: behind a head of zeros
+    nothing follows.
 
     Returns:
         Whether the slopes were finite: others say nothing.
@@ -307,25 +309,53 @@ def check_examples(lowered: Lowered, tensors: Sequence[Tensor]) -> bool:
     if len(counts) > 1:
         raise LossError(f"losses of examples have one length, not {sorted(counts)}")
     (count,) = counts
-    plain, values = iter(tensors), []
+    kinds = [slot.kind for slot in program.inputs if slot.kind not in ("tangent", "constant")]
     with torch.random.fork_rng():
-        for node, slot in program.placeholders():
-            if slot.kind == "tangent":
-                like = value(node)
-                dot = torch.zeros(like.shape, dtype=like.dtype, device=like.device)
-                if slot.name.endswith(_OUTPUT) and len(dot) == count:
-                    dot[0].normal_()
-                values.append(dot)
-            elif slot.kind != "constant":
-                values.append(next(plain))
-        outs = lowered.function(*values)
-    slopes = [out for out, s in zip(outs, program.outputs, strict=True) if s.kind == "tangent"]
-    if not all(slope.isfinite().all() for slope in slopes):
-        return False
-    if any(slope[1:].any() for slope in slopes if slope.ndim):
-        raise LossError(
-            "the loss of one example depends on the activations of another (batch norm in "
-            "training?), or the first dimension of a layer's output is not that of the examples: "
-            "return the mean loss in place of one for each example."
-        )
+        pairs = zip(tensors, kinds, strict=True)
+        elsewhere = [_moved(x) if kind == "parameter" else x for x, kind in pairs]
+        known, _ = (_look(lowered, given, count) for given in (tensors, elsewhere))
+    return known
+
+
+def _look(lowered: Lowered, tensors: Sequence[Tensor], count: int) -> bool:
+    for moving in _parting(count):
+        slopes = _slopes(lowered, tensors, moving)
+        if not all(slope.isfinite().all() for slope in slopes):
+            return False
+        if any(slope[~moving.to(slope.device)].any() for slope in slopes if slope.ndim):
+            raise LossError(
+                "the loss of one example depends on the activations of another (batch norm in "
+                "training?), or the first dimension of a layer's output is not that of the "
+                "examples: return the mean loss in place of one for each example."
+            )
     return True
+
+
+def _slopes(lowered: Lowered, tensors: Sequence[Tensor], moving: Tensor) -> list[Tensor]:
+    """The slopes of all losses as the layers' outputs move at random for some examples."""
+    program, plain, values = lowered.program, iter(tensors), []
+    for node, slot in program.placeholders():
+        if slot.kind == "tangent":
+            like = value(node)
+            dot = torch.zeros(like.shape, dtype=like.dtype, device=like.device)
+            if slot.name.endswith(_OUTPUT) and len(dot) == len(moving):
+                dot[moving.to(dot.device)] = torch.randn_like(dot[moving.to(dot.device)])
+            values.append(dot)
+        elif slot.kind != "constant":
+            values.append(next(plain))
+    outs = lowered.function(*values)
+    return [out for out, s in zip(outs, program.outputs, strict=True) if s.kind == "tangent"]
+
+
+def _parting(count: int) -> Iterator[Tensor]:
+    """Sets of examples, of which one has the first and not the second of every two."""
+    numbers = torch.arange(count)
+    yield numbers < 1
+    for bit in range((count - 1).bit_length()):
+        one = (numbers >> bit) % 2 == 1
+        yield one
+        yield ~one
+
+
+def _moved(x: Tensor) -> Tensor:
+    return x + 0.1 * torch.randn_like(x) if x.is_floating_point() else x

@@ -17,6 +17,7 @@ from torch.export.exported_program import ExportedProgram
 from torch.fx.traceback import preserve_node_meta
 from torch.utils import _pytree as pytree
 
+from .autocast import composites_cast
 from .checks import without_value_checks
 from .custom import adopt_calls, kept_derivatives
 from .decompose import decompose
@@ -39,16 +40,18 @@ from .parts import (
     modules_of,
     named_state,
 )
-from .program import Program, is_differentiable
+from .program import Program, is_differentiable, same_ops
 from .reverse import recorded
 from .scripts import scripts_as_modules
 from .sharing import tell_shared_memory
 from .sizes import open_first, thaw
 from .state import (
     Attributes,
+    as_left,
     asking_for_gradients,
     assignments_seen,
     refuse_constants,
+    turned_attributes,
 )
 
 _GRAD_OF_NON_LEAF = "The .grad attribute of a Tensor that is not a leaf"  # which dynamo reads
@@ -111,6 +114,7 @@ def _captured(
     dynamic: bool,
     active: Collection[str],
     fixed: Fixed | None,
+    first: bool = True,
 ) -> Program:
     root = Root(model)
     named = input_leaves(model, args, kwargs)
@@ -123,6 +127,11 @@ def _captured(
     program = adopted(exported, model, [name for name, _ in named])
     program = replace(program, literals=literals, fixed=tuple(fixed or ()))
     refuse_constants(program, named_state(model, "parameter"), root.attributes.assigned)
+    if turned := root.attributes.turned if first else {}:
+        with as_left(turned):
+            again = _captured(model, args, kwargs, dynamic, active, fixed, first=False)
+        if not same_ops(program, again):
+            raise turned_attributes(turned)
     return adopt_calls(program, made)
 
 
@@ -198,6 +207,7 @@ def _export(
             stack.enter_context(without_value_checks())
             stack.enter_context(flex_as_ops())
             stack.enter_context(known_shapes())
+            stack.enter_context(composites_cast())
             stack.enter_context(kept_random_ops())
             stack.enter_context(assignments_seen())
             stack.enter_context(known_literals(fixed))

@@ -44,6 +44,11 @@ def _explained(error: Exception, text: str) -> str:
             "torch.autograd.grad goes through a torch.autograd.Function here, which cannot "
             "keep its derivative there.\n  Write its forward as plain ops, or as a custom op."
         )
+    if isinstance(error, SyntaxError):
+        return (
+            "A submodule, parameter or buffer has a keyword of Python for a name, such as 'in', "
+            "which torch.export cannot write.\n  Rename it."
+        )
     if "must be tuple of ints,but got FakeTensor" in text:
         return (
             "A size is the value of a tensor, as in a packed sequence, and a program has "

@@ -141,7 +141,8 @@ class Lowering(Derived, Shown):
 
     def state_key(self) -> Any:
         """What decides which programs of the model are right, beside the inputs of a call."""
-        return self.watch.version(), self.watch.state(), casts(), torch.get_default_dtype()
+        mode = torch.is_inference_mode_enabled(), torch.get_default_dtype()
+        return self.watch.version(), self.watch.state(), casts(), mode
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _lower(self, args: Sequence[Any], kwargs: Mapping[str, Any], request: Request) -> Lowered:

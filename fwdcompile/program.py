@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import keyword
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -131,6 +132,15 @@ def graphs(graph: fx.Graph) -> Iterator[fx.Graph]:
     yield graph
 
 
+def same_ops(one: Program, other: Program) -> bool:
+    """Whether two captures of a model have the same ops with the same numbers."""
+
+    def told(program: Program) -> list[str]:
+        return [n.format_node() or n.name for g in graphs(program.graph) for n in g.nodes]
+
+    return told(one) == told(other)
+
+
 def output_nodes(graph: fx.Graph) -> tuple[fx.Node, ...]:
     """The nodes in the output tuple of a flat graph."""
     nodes: tuple[fx.Node, ...] = graph.output_node().args[0]  # type: ignore[assignment]
@@ -182,6 +192,8 @@ def is_random(node: fx.Node) -> bool:
 def identifier(name: str) -> str:
     """A Python identifier close to `name`: `fc1.weight` becomes `fc1_weight`."""
     word = re.sub(r"\W+", "_", name).strip("_")
+    if keyword.iskeyword(word) or word in ("aten", "torch"):  # what a program calls torch's ops by
+        return f"{word}_"
     return word if word and not word[0].isdigit() else f"arg_{word}".rstrip("_")
 
 

@@ -20,6 +20,7 @@ from .parts import register_dataclasses
 from .program import Program
 
 _STANDARD = ("_parameters", "_buffers", "_modules")
+_PLAIN = (bool, int, float, complex, str, type(None))
 _DATA: Any = torch._C.TensorBase.data
 
 
@@ -28,10 +29,12 @@ class Attributes:
 
     Attributes:
         assigned: tensors that were attributes, and no buffers, before the model assigned others.
+        turned: flags, numbers and words that the model has given other values, by module and name.
     """
 
     def __init__(self, root: nn.Module) -> None:
         self.assigned: dict[str, Tensor] = {}
+        self.turned: dict[tuple[nn.Module, str], Any] = {}
         self._modules = list(root.modules())
         self._containers = _containers(self._modules)
         homes = {
@@ -53,8 +56,15 @@ class Attributes:
         The buffers are written last, and what is given shows none of them.
         """
         before = [(module, dict(module._buffers)) for module in self._modules]
+        parameters = [(module, dict(module._parameters)) for module in self._modules]
         with self._watched():
             out = model(*args, **kwargs)
+        for module, own in parameters:
+            for name in (name for name, p in own.items() if module._parameters.get(name) is not p):
+                raise CaptureError(
+                    f"{type(module).__name__} replaces its parameter {name!r}, which a program "
+                    "cannot.\n  Write to it outside of the model, under torch.no_grad()."
+                )
         register_dataclasses(out)
         writes = [
             (module, name, old, _copy_of_new(module, name, old))
@@ -81,8 +91,11 @@ class Attributes:
             container[key] = x
         for module, attributes in others:
             for name, thing in attributes.items():
-                if isinstance(thing, Tensor) and vars(module).get(name) is not thing:
+                now = vars(module).get(name)
+                if isinstance(thing, Tensor) and now is not thing:
                     self.assigned[name] = thing
+                if _is_turned(thing, now):
+                    self.turned[module, name] = now
 
     @contextmanager
     def restored(self) -> Iterator[None]:
@@ -98,6 +111,34 @@ class Attributes:
             for module, found in attributes:
                 vars(module).clear()
                 vars(module).update(found)
+
+
+@contextmanager
+def as_left(turned: Mapping[tuple[nn.Module, str], Any]) -> Iterator[None]:
+    """Gives attributes the values that a call has left in them."""
+    before = {(module, name): vars(module).get(name) for module, name in turned}
+    for (module, name), value in turned.items():
+        vars(module)[name] = value
+    try:
+        yield
+    finally:
+        for (module, name), value in before.items():
+            vars(module)[name] = value
+
+
+def _is_turned(old: Any, new: Any) -> bool:
+    plain = isinstance(old, _PLAIN) and isinstance(new, _PLAIN)
+    return plain and (type(old), repr(old)) != (type(new), repr(new))
+
+
+def turned_attributes(turned: Iterable[tuple[nn.Module, str]]) -> CaptureError:
+    """The error of flags and numbers that a model changes in each call, and computes by."""
+    names = ", ".join(f"{type(module).__name__}.{name}" for module, name in turned)
+    return CaptureError(
+        f"The model changes {names} and computes by it: the next call would be another program, "
+        "as no Python runs in one.\n  Make it a buffer, or change it outside of the model; where "
+        "it changes in a first call alone, make that before."
+    )
 
 
 def _copy_of_new(module: nn.Module, name: str, old: Any) -> Tensor:
@@ -195,7 +236,8 @@ def assignments_seen() -> Iterator[None]:
     """Lets the model read `x.data` as `x.detach()`; refuses what a program cannot repeat.
 
     Raises:
-        CaptureError: the model assigns to `x.data`, or draws random numbers from Python or numpy.
+        CaptureError: the model assigns to `x.data`, draws random numbers from Python or numpy, sets
+            torch's generator, or enters inference mode.
     """
 
     def read(x: Tensor) -> Tensor:
@@ -210,7 +252,13 @@ def assignments_seen() -> Iterator[None]:
             )
         _DATA.__set__(x, new)
 
-    with mock.patch.object(Tensor, "data", property(read, write), create=True):
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(Tensor, "data", property(read, write), create=True))
+        for owner in (torch, torch.random):
+            for name in ("manual_seed", "seed", "set_rng_state"):
+                stack.enter_context(mock.patch.object(owner, name, _seeding(getattr(owner, name))))
+        entered = mock.patch.object(torch.inference_mode, "__enter__", _enter)
+        stack.enter_context(entered)
         drawn = _states()
         yield
         if drawn != _states():
@@ -218,6 +266,31 @@ def assignments_seen() -> Iterator[None]:
                 "The model draws random numbers from Python's or numpy's generator: a program "
                 "would have these for ever.\n  Draw them with torch, or outside of the model."
             )
+
+
+_ENTER = torch.inference_mode.__enter__
+
+
+def _enter(mode: torch.inference_mode) -> None:
+    """Refuses a region out of which no tangent comes, as a program does not tell it from others."""
+    if mode.mode and not torch.is_inference_mode_enabled():
+        raise CaptureError(
+            f"{here()}\n  The model enters torch.inference_mode(), where tangents would end.\n  "
+            "Use torch.no_grad(), and .detach() where they shall."
+        )
+    _ENTER(mode)
+
+
+def _seeding(function: Callable[..., Any]) -> Callable[..., Any]:
+    def seeded(*args: Any, **kwargs: Any) -> Any:
+        if is_user_file(sys._getframe(1).f_code.co_filename):
+            raise CaptureError(
+                f"{here()}\n  The model sets the random number generator, which a program does not "
+                "do again.\n  Set it outside of the model, or draw once and keep a buffer."
+            )
+        return function(*args, **kwargs)
+
+    return seeded
 
 
 def _states() -> tuple[Any, ...]:

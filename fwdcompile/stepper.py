@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections import namedtuple
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -137,6 +138,12 @@ class Stepper:
         self.objective.check(inputs, kwargs)
         lowered = self._forward.lower(*inputs, **self._asked(), **kwargs)
         self._check(lowered)
+        for node, slot in lowered.program.placeholders():
+            if slot.kind == "tangent" and value(node).is_complex():
+                raise TangentError(
+                    f"{slot.name!r} is complex, and directions are real: train its real and "
+                    "imaginary parts, as one parameter that torch.view_as_complex reads"
+                )
         return lowered
 
     def _planned(self, lowered: Lowered, inputs: Sequence[Any], kwargs: dict[str, Any]) -> Plan:
@@ -280,9 +287,14 @@ def check_loss(lowered: Lowered, most: int = 0) -> None:
     """Refuses an objective that is not floating-point tensors of at most `most` dimensions."""
     program = lowered.program
     outs = {slot.name: value(node) for node, slot in program.results() if slot.kind == "output"}
-    if not outs or len(program.out_spec.leaves) != len(outs):
-        raise LossError("the objective must return the loss, or several; give a loss_fn")
+    is_named = program.out_spec.tree.type not in (None, tuple, list, namedtuple)
+    if not outs or is_named or len(program.out_spec.leaves) != len(outs):
+        raise LossError(
+            "the objective must return the loss, or several in a tuple or list; give a loss_fn"
+        )
     for name, out in outs.items():
+        if not isinstance(out, Tensor):
+            raise LossError(f"the loss {name!r} is a number of Python: return the tensor")
         if out.ndim > most or not out.is_floating_point():
             raise LossError(
                 f"a loss must be a floating scalar tensor, not {kind_of(out)} as {name!r} is; a "

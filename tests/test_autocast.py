@@ -11,6 +11,7 @@ import pytest
 import torch
 from nets import Decoder, Mlp, directions
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.functional import cross_entropy, linear
 
 import fwdcompile
@@ -180,3 +181,38 @@ def test_what_is_cast_where():
         with without_casts():
             assert casts() == ()
         assert casts() == (("cpu", torch.float16),)
+
+
+RNN = nn.RNN(4, 3).requires_grad_(False)
+COMPOSED = {
+    "einsum": lambda h, w: torch.einsum("bi,oi->bo", h, w),
+    "einsum, then float": lambda h, w: torch.einsum("bi,oi->bo", h, w).float(),
+    "tensordot": lambda h, w: torch.tensordot(h, w, dims=([1], [1])),
+    "inner": torch.inner,
+    "multi_dot": lambda h, w: torch.linalg.multi_dot([h, w.mT, w]),
+    "bilinear": lambda h, w: F.bilinear(h, h, w[None]),
+    "same padding": lambda h, w: F.conv1d(h[None], w[:, :, None], padding="same"),
+    "cov": lambda h, w: torch.cov(h @ w.mT),
+    "rnn": lambda h, w: RNN((h + w)[None])[0],
+}
+
+
+@pytest.mark.parametrize("name", COMPOSED)
+def test_composed_ops_cast_what_they_are_made_of(name: str) -> None:
+    op = COMPOSED[name]
+    h, w = torch.randn(2, 4, 4)
+
+    def function(h: Tensor, w: Tensor) -> Tensor:
+        return op(h, w)
+
+    def inside(h: Tensor, w: Tensor) -> Tensor:
+        with autocast():
+            return op(h, w)
+
+    expected = inside(h, w)
+    _, exact = fwdcompile.transform(function)(h, w, tangents={"h": h})
+    with autocast():
+        around = fwdcompile.transform(function)(h, w, tangents={"h": h})
+    for y, y_dot in (fwdcompile.transform(inside)(h, w, tangents={"h": h}), around):
+        assert_same([y], [expected])
+        torch.testing.assert_close(y_dot.float(), exact, rtol=0.1, atol=0.1)

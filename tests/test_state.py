@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import fwdcompile
+from fwdcompile import CaptureError
 
 X = torch.tensor([[1.0, 2.0, 3.0], [3.0, 4.0, 5.0]])
 
@@ -394,3 +395,120 @@ def test_one_tensor_twice_is_two_inputs_where_none_is_written_to() -> None:
     torch.testing.assert_close((y, y_dot), (X * X[:1], X * X[:1]))
     y, _ = fwd(X, X[:1].expand(2, 3), tangents={"x": X})
     torch.testing.assert_close(y, X * X[:1])
+
+
+class Annealed(nn.Module):
+    """Divides by a number that falls with each call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.temperature = 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.temperature *= 0.5
+        return x / self.temperature
+
+
+class Initialized(nn.Module):
+    """Takes a mean from its first batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_set = False
+        self.register_buffer("mean", torch.zeros(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.is_set:
+            self.mean.copy_(x.mean(0))
+            self.is_set = True
+        return x - self.mean
+
+
+class Counted(nn.Module):
+    """Counts its calls, and computes nothing by that."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return x.sin()
+
+
+@pytest.mark.parametrize("kind", [Annealed, Initialized])
+def test_numbers_that_a_call_changes_and_computes_by_are_refused(kind: type[nn.Module]) -> None:
+    model, x = kind(), torch.ones(4, 3)
+    with pytest.raises(CaptureError, match=f"changes {kind.__name__}.* and computes by it"):
+        fwdcompile.transform(model)(x, tangents={"x": x})
+    assert vars(model).get("temperature", 1.0) == 1.0 and not vars(model).get("is_set")
+
+
+def test_numbers_that_a_first_call_changes_alone() -> None:
+    model, x = Initialized(), torch.randn(4, 3)
+    model(x)
+    y, _ = fwdcompile.transform(model)(2 * x, tangents={"x": x})
+    torch.testing.assert_close(y, 2 * x - x.mean(0))
+
+
+def test_numbers_that_a_call_changes_for_others_to_read() -> None:
+    model, x = Counted(), torch.ones(3)
+    fwd = fwdcompile.transform(model)
+    for _ in range(2):
+        fwd(x, tangents={"x": x})
+    assert fwd.programs == 1 and model.calls == 0
+
+
+def test_a_parameter_that_a_call_replaces_is_refused() -> None:
+    class Doubling(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.ones(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.w = nn.Parameter(2 * self.w.detach())
+            return x * self.w
+
+    x = torch.ones(3)
+    with pytest.raises(CaptureError, match="replaces its parameter 'w'"):
+        fwdcompile.transform(Doubling())(x, tangents={"x": x})
+
+
+def test_setting_the_generator_and_inference_mode_are_refused() -> None:
+    def seeded(x: Tensor) -> Tensor:
+        torch.manual_seed(3)
+        return x * torch.rand(3)
+
+    def forked(x: Tensor) -> Tensor:
+        with torch.random.fork_rng():
+            torch.manual_seed(3)
+            return x * torch.rand(3)
+
+    def inferring(x: Tensor) -> Tensor:
+        with torch.inference_mode():
+            return x.sin()
+
+    x = torch.ones(3)
+    before = torch.get_rng_state()
+    for model, message in (
+        (seeded, "sets the random number generator"),
+        (forked, "sets the random number generator"),
+        (inferring, "enters torch.inference_mode"),
+    ):
+        with pytest.raises(CaptureError, match=message) as met:
+            fwdcompile.transform(model)(x, tangents={"x": x})
+        assert "test_state.py" in str(met.value)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_programs_of_inference_mode_are_its_own() -> None:
+    w = nn.Parameter(torch.ones(3))
+
+    def asking(x: Tensor) -> Tensor:
+        return x.sin() if (x * w).requires_grad else x.exp()
+
+    fwd, x = fwdcompile.transform(asking), torch.ones(3)
+    with torch.inference_mode():
+        y = fwd(x, tangents={"x": x})[0].clone()
+    torch.testing.assert_close(y, x.exp())
+    torch.testing.assert_close(fwd(x, tangents={"x": x})[0], x.sin())
