@@ -380,3 +380,51 @@ def test_layer_by_layer_compiled() -> None:
         grad(x, y)
         gradients.append([p.grad.clone() for p in net.parameters()])
     torch.testing.assert_close(*gradients)
+
+
+class Hidden(nn.Module):
+    """Mixes examples ahead of a head of zeros, behind which nothing follows at first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.head = nn.Linear(4, 5), nn.Linear(5, 2)
+        nn.init.zeros_(self.head.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.layer(x)
+        return self.head((h - h.mean(0)).tanh())
+
+
+class ToGo(nn.Module):
+    """Sums over what comes: that of no other example follows the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x).flip(0).cumsum(0).flip(0)
+
+
+class Reordered(nn.Module):
+    """Runs examples in another order, in which the first is the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 2)
+        self.register_buffer("order", torch.tensor([0, 2, 1, 4, 5, 3]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x[self.order])[self.order.argsort()]
+
+
+@pytest.mark.parametrize("kind", [Hidden, ToGo, Reordered])
+def test_examples_that_depend_on_each_other_are_found(kind: type[nn.Module]) -> None:
+    def each(out: Tensor, y: Tensor) -> Tensor:
+        return (out - y).square().mean(1)
+
+    model = kind()
+    grad = fwdcompile.ForwardGradient(model, each, perturb="activations", compile=False)
+    with pytest.raises(fwdcompile.LossError, match="depends on the activations of another"):
+        grad(torch.randn(6, 4), torch.randn(6, 2))
+    assert all(p.grad is None for p in model.parameters())

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from nets import Decoder, Mlp, Pair, Tied, directions
-from torch import Tensor
+from torch import Tensor, nn
 
 import fwdcompile
 
@@ -204,3 +204,26 @@ def test_results_of_torch_itself_keep_their_type() -> None:
     assert type(y) is type(torch.max(x, 1))
     torch.testing.assert_close(y_dot.values, torch.ones(2))
     assert y_dot.indices is None
+
+
+def test_names_that_a_program_uses_itself() -> None:
+    def product(aten: Tensor, torch: Tensor) -> Tensor:
+        return (aten * torch).sin()
+
+    x, y = torch.randn(2, 3, dtype=torch.float64)
+    found = fwdcompile.transform(product)(x, y, tangents={"aten": x})
+    torch.testing.assert_close(found, ((x * y).sin(), (x * y).cos() * x * y))
+
+
+def test_a_keyword_for_a_name_is_told() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleDict({"in": nn.Linear(3, 3)})
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layers["in"](x)
+
+    x = torch.ones(3)
+    with pytest.raises(fwdcompile.CaptureError, match="has a keyword of Python for a name"):
+        fwdcompile.transform(Net())(x, tangents={"x": x})

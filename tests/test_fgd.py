@@ -14,7 +14,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fwdcompile
-from fwdcompile import FGD, ForwardGradient, Normal, Rademacher, RankOne, Sphere
+from fwdcompile import (
+    FGD,
+    ForwardGradient,
+    LossError,
+    Normal,
+    Rademacher,
+    RankOne,
+    Sphere,
+    TangentError,
+)
 from fwdcompile.words import stream_keys
 
 X, Y = torch.randn(16, 6, generator=torch.Generator().manual_seed(1)), torch.arange(16) % 3
@@ -477,3 +486,33 @@ def test_a_compiled_step_with_orthogonal_directions_and_several_losses() -> None
             fgd.step(X, Y)
     for mine, theirs in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [FGD, ForwardGradient])
+def test_complex_parameters_are_refused(kind: Any) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.ones(3, dtype=torch.complex64))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (x * self.w).abs().sum()
+
+    options = {"lr": 0.1} if kind is FGD else {}
+    steps = kind(Net(), compile=False, **options)
+    with pytest.raises(TangentError, match="'w' is complex, and directions are real"):
+        (steps.step if kind is FGD else steps)(torch.ones(3))
+
+
+def test_losses_by_name_and_numbers_of_python_are_refused() -> None:
+    def named(out: Tensor, y: Tensor) -> dict[str, Tensor]:
+        return {"loss": out.square().mean(), "norm": out.norm()}
+
+    def number(out: Tensor, y: Tensor) -> float:
+        return out.square().mean().item()
+
+    x = torch.ones(2, 3)
+    for loss, message in ((named, "in a tuple or list"), (number, "is a number of Python")):
+        fgd = FGD(nn.Linear(3, 2), loss, lr=0.1, compile=False)
+        with pytest.raises(LossError, match=message):
+            fgd.step(x, x)
