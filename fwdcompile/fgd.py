@@ -307,6 +307,9 @@ class ForwardGradient(Stepper):
                     parameter.grad = gradient if old is None else old + gradient
         return loss  # type: ignore[no-any-return]
 
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"_checked": set()}
+
     def _admit(self, plan: Plan, tensors: list[Tensor]) -> None:
         """Looks once at each program, with the first inputs that give finite numbers."""
         if self.perturb == "activations" and plan not in self._checked:

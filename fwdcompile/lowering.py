@@ -88,11 +88,24 @@ class Lowering(Derived, Shown):
         self.passes = tuple(passes)
         self.batched: bool = batched
         self.dynamic: bool = model.dynamic if isinstance(model, Lowering) else dynamic
+        self._forget()
+
+    def _forget(self) -> None:
+        """Begins without a program."""
         self.watch = Watch(self.base)
         self._cache: dict[Any, Lowered] = {}
         self._asked: set[Any] = set()
         self._routes = Routes()
         self._last = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy is made of; it makes programs of its own."""
+        made = ("watch", "_cache", "_asked", "_routes", "_last")
+        return {name: thing for name, thing in vars(self).items() if name not in made}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._forget()
 
     @property
     def programs(self) -> int:

@@ -97,6 +97,14 @@ class Stepper:
         self._step.fill_(self.iteration)
         self._seed.fill_(int(state["seed"]))
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy is made of; it makes programs of its own."""
+        return vars(self) | {"_plans": {}, "_redraw": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._redraw = Redraw(self._directions, self._compiled)
+
     def calibrate(self, *inputs: Any, **kwargs: Any) -> None:
         """Measures the matrix products and convolutions of a step; later steps take the fastest.
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import math
+import pickle
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -516,3 +517,25 @@ def test_losses_by_name_and_numbers_of_python_are_refused() -> None:
         fgd = FGD(nn.Linear(3, 2), loss, lr=0.1, compile=False)
         with pytest.raises(LossError, match=message):
             fgd.step(x, x)
+
+
+@pytest.mark.parametrize("perturb", [None, "weights", "activations"])
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda f: pickle.loads(pickle.dumps(f))])
+def test_copies_go_on_where_the_first_one_was(copied: Any, perturb: Any) -> None:
+    model, x, y = nn.Linear(6, 3), X, Y
+    if perturb is None:
+        steps: Any = FGD(model, F.cross_entropy, lr=0.1, store_directions=False, compile=False)
+        run = FGD.step
+    else:
+        steps = ForwardGradient(model, F.cross_entropy, perturb=perturb, compile=False)
+        run = ForwardGradient.__call__
+    run(steps, x, y)
+    model.zero_grad()  # copies of parameters have no gradients
+    other = copied(steps)
+    twin = other.objective.model
+    assert twin is not model and other.iteration == 1
+    for each in (steps, other):
+        run(each, x, y)
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(p, q) and p is not q
+        assert p.grad is None or torch.equal(p.grad, q.grad)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable
 from pathlib import Path
@@ -350,3 +351,15 @@ def test_a_first_call_may_be_inside_of_torch_compile() -> None:
     fwd = fwdcompile.transform(torch.nn.Sequential(torch.nn.Tanh()), tracks_grad=False)
     found = torch.compile(lambda z: fwd(z, tangents={"input": z})[1].sum(), backend="eager")(x)
     torch.testing.assert_close(found, (x * (1 - x.tanh() ** 2)).sum(), rtol=1e-12, atol=1e-12)
+
+
+def test_copies_of_a_model_have_transforms_of_their_own() -> None:
+    model, points = Residual(), torch.randn(3, 2)
+    expected = model(points)
+    twin = copy.deepcopy(model)
+    assert twin.derivatives.base is twin.net
+    with torch.no_grad():
+        twin.net[0].weight.zero_()
+    assert not torch.equal(twin(points), expected)
+    torch.testing.assert_close(model(points), expected)
+    check(twin.double(), points.double())
