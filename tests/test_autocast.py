@@ -132,8 +132,15 @@ STEPS: list[tuple[Any, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize("compile", [False, pytest.param(True, marks=pytest.mark.compiled)])
-@pytest.mark.parametrize(("made", "settings"), STEPS)
+COMPILED = [
+    pytest.param(*step, True, marks=[pytest.mark.compiled, *([pytest.mark.slow] if i % 2 else [])])
+    for i, step in enumerate(STEPS)
+]
+
+
+@pytest.mark.parametrize(
+    ("made", "settings", "compile"), [*((*step, False) for step in STEPS), *COMPILED]
+)
 def test_steps_are_those_of_a_model_that_casts_by_hand(
     made: Any, settings: dict[str, Any], compile: bool
 ):

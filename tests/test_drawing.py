@@ -17,6 +17,8 @@ from fwdcompile.drawing import SMALL, Draw, Kind, kinds_of
 from fwdcompile.words import stream_keys
 
 ALL = [Normal(), Normal(rank_one=True), Rademacher(), Rademacher(rank_one=True), Sphere()]
+# the others compile as these do
+FEW = [ALL[0], ALL[3], *(pytest.param(one, marks=pytest.mark.slow) for one in ALL[1:3])]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
 CPU = torch.device("cpu")
 SHAPES = st.lists(st.integers(0, 9), max_size=4).map(tuple) | st.sampled_from(
@@ -84,7 +86,7 @@ def test_directions_come_in_the_order_of_their_keys() -> None:
 
 
 @pytest.mark.compiled
-@pytest.mark.parametrize("directions", ALL[:4])
+@pytest.mark.parametrize("directions", FEW)
 def test_a_compiled_step_moves_along_the_directions_of_their_keys(directions: Directions) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3))
@@ -106,7 +108,7 @@ def test_a_compiled_step_moves_along_the_directions_of_their_keys(directions: Di
 
 
 @pytest.mark.compiled
-@pytest.mark.parametrize("directions", ALL[:4])
+@pytest.mark.parametrize("directions", FEW)
 def test_what_is_alike_is_compiled_once_and_drawn_each(
     directions: Directions, monkeypatch: pytest.MonkeyPatch
 ) -> None:

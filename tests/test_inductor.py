@@ -80,7 +80,9 @@ def test_addends_of_any_dtype_are_added(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.compiled
-@pytest.mark.parametrize("directions", [Rademacher(rank_one=True), Normal()])
+@pytest.mark.parametrize(
+    "directions", [Rademacher(rank_one=True), pytest.param(Normal(), marks=pytest.mark.slow)]
+)
 def test_layers_that_are_alike_share_kernels(directions: Directions) -> None:
     """The code of a step grows by calls with its depth, not by kernels."""
 
