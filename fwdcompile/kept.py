@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import suppress
 from types import BuiltinMethodType, FunctionType, MethodType
 from typing import Any, TypeVar, cast
 from weakref import WeakKeyDictionary, ref
@@ -60,8 +61,15 @@ def served(
 
 def _is_its_own(forward: Forward, func: Callable[..., Any]) -> bool:
     """Whether a kept transform may serve a function: another, if nothing can change unseen."""
-    first = _made_of.setdefault(forward, ref(func))
+    first = _made_of.setdefault(forward, _weak(func))
     return first() is func or not forward.watch.is_blind
+
+
+def _weak(func: Callable[..., Any]) -> Callable[[], Any]:
+    """What tells whether a function is this one, and lets it go if that is possible."""
+    with suppress(TypeError):
+        return ref(func)
+    return lambda: func
 
 
 def transform_of(kind: type[F], model: Callable[..., Any], **options: Any) -> F:

@@ -81,6 +81,21 @@ def test_equal_functions_may_compute_something_else() -> None:
         torch.testing.assert_close(y_dot, by)
 
 
+def test_an_object_that_no_weak_reference_finds() -> None:
+    class Doubled:
+        __slots__ = ("factor",)
+
+        def __init__(self, factor: float) -> None:
+            self.factor = factor
+
+        def __call__(self, x: Tensor) -> Tensor:
+            return x * self.factor
+
+    for factor in (2.0, 3.0):
+        _, y_dot = fwdcompile.jvp(Doubled(factor), (X,), (X,))
+        torch.testing.assert_close(y_dot, factor * X)
+
+
 def test_a_bound_method_is_captured_once() -> None:
     class Counts:
         calls = 0
