@@ -488,9 +488,14 @@ def test_setting_the_generator_and_inference_mode_are_refused() -> None:
         with torch.inference_mode():
             return x.sin()
 
+    @torch.inference_mode()
+    def decorated(x: Tensor) -> Tensor:
+        return x.sin()
+
     x = torch.ones(3)
     before = torch.get_rng_state()
     for model, message in (
+        (lambda x: decorated(x), "enters torch.inference_mode"),
         (seeded, "sets the random number generator"),
         (forked, "sets the random number generator"),
         (inferring, "enters torch.inference_mode"),
